@@ -1,0 +1,124 @@
+"""Read and write video files with PyAV: whole clips, grids of clips, contact sheets.
+
+Frames are RGB uint8 [T, H, W, 3] everywhere. Files are H.264 in mp4, yuv420p with BT.709 colours, tagged as such, which
+every browser and player shows alike. A file appears under its name only when it is complete.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+Frames = np.ndarray | torch.Tensor
+
+
+class Video(NamedTuple):
+    """A decoded clip: ``frames`` uint8 [T, H, W, 3] and its ``fps`` in frames per second."""
+
+    frames: np.ndarray
+    fps: float
+
+
+def read_video(path: str | Path) -> Video:
+    """Decode a whole video file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be decoded, or holds no video.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or 0) or 1.0
+        frames = [_rgb(frame) for frame in container.decode(stream)]
+    if not frames:
+        raise ValueError(f"{path} holds no video frames: is the file complete?")
+    return Video(np.stack(frames), fps)
+
+
+def write_video(path: str | Path, frames: Frames, fps: float = 16, crf: int = 18) -> None:
+    """Encode ``frames`` uint8 [T, H, W, 3] to an mp4; ``crf`` is x264's quality, 0 (lossless) to 51.
+
+    4:2:0 video has even sides, so an odd side is repeated by one pixel.
+
+    Raises:
+        ValueError: ``frames`` is not uint8 [T, H, W, 3], or is empty.
+        OSError: the file cannot be written.
+    """
+    clip = _as_clip(frames)
+    with video_writer(path, clip.shape[1], clip.shape[2], fps, crf) as writer:
+        for frame in clip:
+            writer.add(frame)
+
+
+class VideoWriter:
+    """An open mp4 that takes one frame at a time; made by ``video_writer``."""
+
+    def __init__(self, container: av.container.OutputContainer, height: int, width: int, fps: float, crf: int) -> None:
+        self._container = container
+        self._padding = ((0, height % 2), (0, width % 2), (0, 0))
+        self._stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60_000))
+        self._stream.height, self._stream.width = height + height % 2, width + width % 2
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": str(crf), "preset": "medium"}
+        context = self._stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append one frame uint8 [H, W, 3]."""
+        picture = av.VideoFrame.from_ndarray(np.pad(frame, self._padding, mode="edge"), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        self._container.mux(self._stream.encode(picture))
+
+    def finish(self) -> None:
+        """Write out what the encoder still holds."""
+        self._container.mux(self._stream.encode())
+
+
+@contextmanager
+def video_writer(path: str | Path, height: int, width: int, fps: float = 16, crf: int = 18) -> Iterator[VideoWriter]:
+    """A ``VideoWriter`` whose file appears at ``path`` when the block ends, and not at all when it fails.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            writer = VideoWriter(container, height, width, fps, crf)
+            yield writer
+            writer.finish()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """The container at ``path``, with what FFmpeg says about a broken one as a ValueError."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video stream: give a video file")
+            yield container
+    except av.error.InvalidDataError as error:
+        raise ValueError(f"{path} is not a readable video ({error.strerror}): is the file complete?") from error
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    return frame.to_ndarray(format="rgb24")
+
+
+def _as_clip(frames: Frames) -> np.ndarray:
+    clip = frames.cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3] with T >= 1, not {clip.dtype} {list(clip.shape)}")
+    return clip
