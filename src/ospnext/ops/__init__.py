@@ -1,1 +1,1 @@
-
+"""Tensors in, tensors out: token layouts, attention, rotary positions. Torch only; no models, no configuration."""

@@ -1,0 +1,298 @@
+"""The sparse text-to-video transformer: Wan2.1's network with a layout for every block.
+
+It has Wan2.1's parameters, names and arithmetic and adds none, so Wan2.1 weights load one to one; with every block
+FULL it *is* Wan2.1. What is sparse is only which tokens attend to each other (``ops/layout.py``). The two seams,
+``switch`` between blocks and ``attend`` inside them, have no parameters and can be replaced from outside; nothing
+here knows of processes or number formats.
+
+The module path ``ospnext.models.transformer`` is written into saved pipelines: it is part of the file format.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ospnext.ops.attention import Attend, check_kernel
+from ospnext.ops.layout import Grid, Switch, block_layouts
+from ospnext.ops.rope import apply_rope, rope_table
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm over the last axis, computed in float32 whatever the dtype of input and weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last axis, computed in float32; the result is float32 for the modulation that follows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections, query-key norm and the ``attend`` seam, shared by self- and cross-attention."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        # Over all heads together, before they are split: Wan's choice.
+        self.norm_q = RMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.attend = Attend()
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, dim] -> [B, N, heads, head_dim]``."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    """Attention of every token to its segment, with rotary positions."""
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, segments: tuple[int, ...]) -> torch.Tensor:
+        """``x [B, N, dim]``, ``rope [N, head_dim]`` and segment lengths, all in the same token order."""
+        q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)
+        k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)
+        return self.o(self.attend(q, k, self.heads(self.v(x)), segments).flatten(-2))
+
+
+class CrossAttention(Attention):
+    """Attention of every token to the whole text; token order does not matter."""
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """``x [B, N, dim]``, ``text [B, L, dim]``; padding is attended to, as in Wan2.1."""
+        q = self.heads(self.norm_q(self.q(x)))
+        k = self.heads(self.norm_k(self.k(text)))
+        return self.o(self.attend(q, k, self.heads(self.v(text))).flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by the time embedding."""
+
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, qk_norm: bool, cross_attn_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, num_heads, qk_norm, eps)
+        self.norm3 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(dim, num_heads, qk_norm, eps)
+        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor, rope: torch.Tensor, segments: tuple[int, ...]
+    ) -> torch.Tensor:
+        """One block.
+
+        Args:
+            x: hidden states ``[B, N, dim]`` in the block's layout.
+            time: float32 ``[B, 6, dim]``, shift, scale and gate of self-attention, then of the feed-forward.
+            text: ``[B, L, dim]``.
+            rope: ``[N, head_dim]`` in the block's layout.
+            segments: segment lengths of the layout.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
+        h = (self.norm1(x) * (1 + scale1) + shift1).type_as(x)
+        x = (x.float() + self.self_attn(h, rope, segments) * gate1).type_as(x)
+        x = x + self.cross_attn(self.norm3(x).type_as(x), text)
+        h = (self.norm2(x) * (1 + scale2) + shift2).type_as(x)
+        return (x.float() + self.ffn(h).float() * gate2).type_as(x)
+
+
+class Head(nn.Module):
+    """Modulated norm and the projection back to patches of the latent video."""
+
+    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim, eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch_channels)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """``x [B, N, dim]`` and the float32 time embedding ``[B, dim]`` to ``[B, N, patch_channels]``."""
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
+        return self.head((self.norm(x) * (1 + scale) + shift).type_as(x))
+
+
+class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Text-conditioned velocity of a latent video, with Skiparse attention.
+
+    Args:
+        patch_size: latent frames, rows and columns of one token.
+        text_len: length text is padded to; kept for those who prepare it.
+        in_dim, out_dim: latent channels.
+        dim: width, ``num_heads`` times an even head size.
+        ffn_dim: width of the feed-forward.
+        freq_dim: size of the sinusoidal time embedding.
+        text_dim: width of the text encoder.
+        num_heads, num_layers: attention heads and blocks.
+        eps: of all norms.
+        qk_norm, cross_attn_norm: Wan2.1 has both.
+        skiparse_model_type, sparse_ratio, num_full_blocks, skiparse_pattern: see ``ops.layout.block_layouts``.
+
+    Raises:
+        ValueError: sizes that do not go together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("TransformerBlock",)
+    _repeated_blocks = ("TransformerBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        eps: float = 1e-6,
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        skiparse_model_type: str = "full",
+        sparse_ratio: int = 2,
+        num_full_blocks: int = 0,
+        skiparse_pattern: str = "2d",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or dim // num_heads % 2:
+            raise ValueError(f"dim {dim} must be num_heads ({num_heads}) times an even head size")
+        self.layouts = block_layouts(num_layers, skiparse_model_type, sparse_ratio, num_full_blocks, skiparse_pattern)
+        self.switch = Switch()
+        patch = tuple(patch_size)
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        self.head = Head(dim, out_dim * math.prod(patch), eps)
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise every parameter for training from scratch; the output starts at zero velocity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm | LayerNorm) and module.elementwise_affine:
+                module.reset_parameters()
+            elif isinstance(module, TransformerBlock | Head):
+                nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
+        for embedding in (self.text_embedding, self.time_embedding):
+            nn.init.normal_(embedding[0].weight, std=0.02)
+            nn.init.normal_(embedding[2].weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of the attention kernel asked for; ``ops.attention.describe_kernel`` says what it means here."""
+        return self.blocks[0].self_attn.attend.kernel
+
+    def set_attention_kernel(self, name: str) -> None:
+        """Choose the attention kernel of every block by a name of ``ops.attention.KERNEL_NAMES``."""
+        check_kernel(name)
+        for block in self.blocks:
+            block.self_attn.attend.kernel = block.cross_attn.attend.kernel = name
+
+    def embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps ``[B]`` in 0..1000 to float32 ``[B, dim]`` for the head and ``[B, 6, dim]`` for the blocks."""
+        # In the weights' dtype, not float32: what the published sparse weights were trained with.
+        dtype = self.time_embedding[0].weight.dtype
+        embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim).to(dtype))
+        return embedding.float(), self.time_projection(embedding).unflatten(1, (6, -1)).float()
+
+    def grid(self, hidden_states: torch.Tensor) -> Grid:
+        """Token grid of latents ``[B, C, T, H, W]``.
+
+        Raises:
+            ValueError: the latents are no whole number of patches.
+        """
+        sizes = tuple(hidden_states.shape[2:])
+        if any(n % p or not n for n, p in zip(sizes, self.config.patch_size, strict=True)):
+            raise ValueError(f"latents of {sizes} (T, H, W) are no multiple of the patch {self.config.patch_size}")
+        return Grid(*(n // p for n, p in zip(sizes, self.config.patch_size, strict=True)))
+
+    def unpatchify(self, patches: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """``[B, N, pt * ph * pw * C]`` in row-major order to latents ``[B, C, T, H, W]``."""
+        (t, h, w), (pt, ph, pw), channels = grid, self.config.patch_size, self.config.out_dim
+        x = patches.view(-1, t, h, w, pt, ph, pw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, channels, t * pt, h * ph, w * pw)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Any:
+        """Velocity of the flow at a noisy latent video.
+
+        Args:
+            hidden_states: latents ``[B, C, T, H, W]``.
+            timestep: ``[B]``, 1000 times the noise level σ.
+            encoder_hidden_states: text ``[B, L, text_dim]``, zero where padded.
+            return_dict: a ``Transformer2DModelOutput`` if true, else a tuple.
+
+        Returns:
+            ``sample``: float32 velocity ``[B, C, T, H, W]``.
+        """
+        grid = self.grid(hidden_states)
+        plan = self.switch.plan(grid, self.layouts, self.config.sparse_ratio, hidden_states.device)
+        table = rope_table(grid, self.config.dim // self.config.num_heads, hidden_states.device)
+        rope = {layout: plan.scatter(table, layout) for layout in set(self.layouts)}
+        dtype = self.patch_embedding.weight.dtype
+        time, modulation = self.embed_time(timestep)
+        text = self.text_embedding(encoder_hidden_states.to(dtype))
+
+        here = self.layouts[0]
+        x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)
+        x = plan.scatter(x, here)
+        for block, layout in zip(self.blocks, self.layouts, strict=True):
+            # Between blocks, not inside: never compiled or recomputed with them.
+            x = self.switch(x, plan, here, layout)
+            x = self.run_block(block, x, modulation, text, rope[layout], plan.segments(layout))
+            here = layout
+        velocity = self.unpatchify(plan.gather(self.head(x, time), here), grid).float()
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def run_block(self, block: nn.Module, *args: Any) -> torch.Tensor:
+        """Call a block, recomputing it in the backward pass when gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+
+def sinusoid(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoidal embedding of timesteps ``[B]``: float32 ``[B, dim]``, cosines first, computed in float64."""
+    half = dim // 2
+    dtype = torch.float32 if timestep.device.type == "mps" else torch.float64  # MPS has no float64
+    frequency = 10000.0 ** (-torch.arange(half, dtype=dtype, device=timestep.device) / half)
+    angle = torch.outer(timestep.to(dtype), frequency)
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+OSPNextModel = OSPNextTransformer3DModel  # the name in released checkpoints

@@ -1,0 +1,209 @@
+"""Token layouts: a sequence of video tokens is always in one layout, and a sparse model is a list of layouts.
+
+A layout cuts the (T, H, W) token grid into segments; self-attention runs inside segments and everything else is per
+token. Along a sequence ``[B, N, C]`` the tokens of one segment are neighbours, so changing the layout is one gather.
+Segments may differ in length (a 5 x 7 plane has no equal quarters): nothing is ever padded or masked.
+
+==============  =====================================================  ============================================
+layout          segment of token (t, y, x), with P = ``sparse_ratio``  known as
+==============  =====================================================  ============================================
+FULL            one segment                                            dense attention
+TOKEN           (y mod P, x mod P)                                     Skiparse-2D, token-wise
+GROUP           (⌊y/P⌋ mod P, ⌊x/P⌋ mod P)                             Skiparse-2D, group-wise
+SINGLE_SKIP     n mod P, n the row-major index                         Skiparse-1D, single skip (Open-Sora Plan 1.3)
+GROUP_SKIP      ⌊n/P⌋ mod P                                            Skiparse-1D, group skip
+==============  =====================================================  ============================================
+
+A new sparse pattern is a new line in ``segment_ids`` and nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Grid(NamedTuple):
+    """Size of a video's token grid: frames, rows, columns (after patch embedding)."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, T * H * W."""
+        return self.t * self.h * self.w
+
+
+class Layout(Enum):
+    """How the token grid is cut into attention segments; see the table above."""
+
+    FULL = "full"
+    TOKEN = "token"
+    GROUP = "group"
+    SINGLE_SKIP = "single_skip"
+    GROUP_SKIP = "group_skip"
+
+
+def segment_ids(grid: Grid, layout: Layout, ratio: int) -> torch.Tensor:
+    """The segment every token belongs to.
+
+    Args:
+        grid: token grid.
+        layout: one of ``Layout``.
+        ratio: P, at least 1; with 1 every layout is dense.
+
+    Returns:
+        int64 ``[N]`` in row-major (t, y, x) order.
+    """
+    if ratio < 1:
+        raise ValueError(f"sparse_ratio is {ratio}: it must be at least 1")
+    n = torch.arange(grid.tokens)
+    y, x = n // grid.w % grid.h, n % grid.w
+    match layout:
+        case Layout.FULL:
+            return torch.zeros_like(n)
+        case Layout.TOKEN:
+            return y % ratio * ratio + x % ratio
+        case Layout.GROUP:
+            return y // ratio % ratio * ratio + x // ratio % ratio
+        case Layout.SINGLE_SKIP:
+            return n % ratio
+        case Layout.GROUP_SKIP:
+            return n // ratio % ratio
+
+
+class Order(NamedTuple):
+    """One layout of one grid: where each token stands, and how long the segments are."""
+
+    index: torch.Tensor  # int64 [N]: row-major index of the token at each place
+    segments: tuple[int, ...]  # lengths, longest first; they add up to N
+
+
+@lru_cache(maxsize=64)
+def order(grid: Grid, layout: Layout, ratio: int) -> Order:
+    """Sort the tokens of a grid by segment.
+
+    Longer segments come first, so that equal lengths are neighbours and can share one attention call. Within a
+    segment the tokens keep their row-major order. Empty segments (a grid smaller than P) are left out.
+    """
+    ids = segment_ids(grid, layout, ratio)
+    lengths = torch.bincount(ids)
+    by_length = torch.argsort(lengths, descending=True, stable=True)
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(len(by_length))
+    index = torch.argsort(rank[ids], stable=True)
+    return Order(index, tuple(n for n in lengths[by_length].tolist() if n))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a forward pass needs to know about layouts, made once for a grid and passed down.
+
+    Index tensors live on the device of the hidden states; segment lengths are plain integers, so a compiled block
+    sees constants.
+    """
+
+    grid: Grid
+    _to: dict[Layout, torch.Tensor | None]  # row-major -> layout; None is the identity
+    _back: dict[Layout, torch.Tensor | None]  # layout -> row-major
+    _between: dict[tuple[Layout, Layout], torch.Tensor | None]
+    _segments: dict[Layout, tuple[int, ...]]
+
+    def segments(self, layout: Layout) -> tuple[int, ...]:
+        """Lengths of the attention segments of a layout, in sequence order."""
+        return self._segments[layout]
+
+    def scatter(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Row-major tokens ``[..., N, C]`` to the tokens this process owns, in the layout's order."""
+        return _select(x, self._to[layout])
+
+    def gather(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The inverse of ``scatter``: ``[..., N, C]`` back in row-major order."""
+        return _select(x, self._back[layout])
+
+    def switch(self, x: torch.Tensor, here: Layout, there: Layout) -> torch.Tensor:
+        """Reorder tokens ``[..., N, C]`` from one layout to another."""
+        return _select(x, self._between[here, there])
+
+
+class Switch:
+    """The first of the model's two seams: how tokens travel between the layouts of consecutive blocks.
+
+    This is the one-device switch, a gather along the sequence. Sequence parallelism puts another object with the
+    same two methods in its place.
+    """
+
+    def plan(self, grid: Grid, layouts: Sequence[Layout], ratio: int, device: torch.device) -> Plan:
+        """The plan for a grid and a list of layouts; made once for each (grid, layouts, ratio, device)."""
+        return _plan(grid, tuple(layouts), ratio, device)
+
+    def __call__(self, x: torch.Tensor, plan: Plan, here: Layout, there: Layout) -> torch.Tensor:
+        """Tokens ``[B, N, C]`` in the layout ``here`` to the layout ``there``."""
+        return plan.switch(x, here, there)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a plan first made while sampling must also serve training
+def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device) -> Plan:
+    orders = {layout: order(grid, layout, ratio) for layout in dict.fromkeys(layouts)}
+    places = {layout: torch.argsort(o.index) for layout, o in orders.items()}
+
+    def on_device(index: torch.Tensor) -> torch.Tensor | None:
+        return None if torch.equal(index, torch.arange(len(index))) else index.to(device)
+
+    return Plan(
+        grid,
+        {a: on_device(o.index) for a, o in orders.items()},
+        {a: on_device(place) for a, place in places.items()},
+        # The token at place i of b is the row-major token orders[b][i], which stands at places[a][...] in a.
+        {(a, b): on_device(places[a][o.index]) for a in orders for b, o in orders.items()},
+        {a: o.segments for a, o in orders.items()},
+    )
+
+
+def _select(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return x if index is None else x.index_select(-2, index)
+
+
+def block_layouts(
+    num_layers: int, model_type: str, sparse_ratio: int, num_full_blocks: int, pattern: str = "2d"
+) -> tuple[Layout, ...]:
+    """The layout of every block of a sparse transformer.
+
+    Args:
+        num_layers: number of blocks.
+        model_type: ``full`` (dense), ``dual_end`` (the first and the last ``num_full_blocks / 2`` blocks are dense)
+            or ``uniform`` (every block is sparse).
+        sparse_ratio: P; 1 makes every block dense.
+        num_full_blocks: number of dense blocks of ``dual_end``.
+        pattern: ``2d`` (token-wise and group-wise, P² segments) or ``1d`` (single and group skip, P segments).
+
+    Raises:
+        ValueError: the numbers do not go together; the message names a way out.
+    """
+    if pattern not in ("2d", "1d"):
+        raise ValueError(f"skiparse_pattern is {pattern!r}: use '2d' or '1d'")
+    if model_type not in ("full", "dual_end", "uniform"):
+        raise ValueError(f"skiparse_model_type is {model_type!r}: use 'full', 'dual_end' or 'uniform'")
+    if sparse_ratio < 1:
+        raise ValueError(f"sparse_ratio is {sparse_ratio}: it must be at least 1")
+    if model_type == "full" or sparse_ratio == 1:
+        return (Layout.FULL,) * num_layers
+    even, odd = (Layout.TOKEN, Layout.GROUP) if pattern == "2d" else (Layout.SINGLE_SKIP, Layout.GROUP_SKIP)
+    sparse = tuple(odd if i % 2 else even for i in range(num_layers))
+    if model_type == "uniform":
+        if num_full_blocks:
+            raise ValueError(f"num_full_blocks is {num_full_blocks}, but 'uniform' has none: use 0 or 'dual_end'")
+        return sparse
+    if num_layers % 2 or num_full_blocks % 4 or not 0 <= num_full_blocks <= num_layers // 2:
+        raise ValueError(
+            f"dual_end with num_layers={num_layers} and num_full_blocks={num_full_blocks}: num_layers must be even, "
+            f"num_full_blocks a multiple of 4 and at most {num_layers // 2}"
+        )
+    half = num_full_blocks // 2
+    return (Layout.FULL,) * half + sparse[half : num_layers - half] + (Layout.FULL,) * half
