@@ -1,0 +1,167 @@
+"""The configuration sections that commands share: what to load, in which numbers, on how many processes."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ospnext.config import Config, ConfigError
+
+DType = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
+AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4"]
+
+
+class ModelConfig(Config):
+    """The transformer: its weights, and its architecture where the weights do not bring a config.json of their own.
+
+    None means: what the checkpoint folder says, else the default of ``OSPNextTransformer3DModel``.
+    """
+
+    pretrained_model_dir_or_checkpoint: str | None = Field(None, description="weights: a folder or a single file")
+    patch_size: tuple[int, int, int] | None = Field(None, description="latent patch (t, h, w) of one token")
+    text_len: int | None = Field(None, ge=1, description="text tokens the transformer reads")
+    in_dim: int | None = Field(None, ge=1, description="latent channels in")
+    out_dim: int | None = Field(None, ge=1, description="latent channels out")
+    dim: int | None = Field(None, ge=1, description="width of the hidden states")
+    ffn_dim: int | None = Field(None, ge=1, description="width inside the feed-forward layers")
+    freq_dim: int | None = Field(None, ge=1, description="width of the sinusoidal time embedding")
+    text_dim: int | None = Field(None, ge=1, description="width of the text embeddings")
+    num_heads: int | None = Field(None, ge=1, description="attention heads")
+    num_layers: int | None = Field(None, ge=1, description="transformer blocks")
+    qk_norm: bool | None = Field(None, description="normalise queries and keys")
+    cross_attn_norm: bool | None = Field(None, description="normalise before cross-attention")
+    eps: float | None = Field(None, gt=0, description="epsilon of the norms")
+    skiparse_model_type: Literal["full", "dual_end", "uniform"] | None = Field(
+        None, description="which blocks are sparse: none, all but both ends, or evenly spread"
+    )
+    sparse_ratio: int | None = Field(None, ge=1, description="P: a sparse block has P*P segments")
+    num_full_blocks: int | None = Field(None, ge=0, description="dense blocks among num_layers")
+    skiparse_pattern: Literal["2d", "1d"] | None = Field(None, description="the sparse pattern: 2d, or 1d to compare")
+
+    def architecture(self) -> dict[str, Any]:
+        """The architecture keys that were given, for the transformer's constructor or to compare with its config."""
+        return self.model_dump(exclude={"pretrained_model_dir_or_checkpoint"}, exclude_none=True)
+
+
+class VAEConfig(Config):
+    """The video autoencoder."""
+
+    vae_path: str | None = Field(None, description="weights: Wan2.1_VAE.pth or a diffusers folder")
+    dtype: DType = Field("fp32", description="numbers of the autoencoder")
+
+
+class TextEncoderConfig(Config):
+    """The text encoder and its tokenizer."""
+
+    text_len: int | None = Field(None, ge=1, description="text tokens; default: the transformer's (512 for Wan)")
+    checkpoint_path: str | None = Field(None, description="weights: models_t5_umt5-xxl-enc-bf16.pth or a folder")
+    text_tokenizer_path: str | None = Field(None, description="tokenizer folder, such as google/umt5-xxl/")
+    dtype: DType | None = Field(None, description="numbers of the text encoder; default: weight_dtype")
+
+
+class SchedulerConfig(Config):
+    """What all flow-matching schedules share."""
+
+    scheduler_name: Literal["flow_matching"] = Field("flow_matching", description="the one schedule there is")
+
+
+class ParallelConfig(Config):
+    """How many processes share the work; in one process every size is 1."""
+
+    fsdp_size: int = Field(8, ge=1, description="ranks that share one copy of the weights; at most all")
+    ddp_size: int | None = Field(None, ge=1, description="copies of the weights; default: the rest of the ranks")
+    sp_size: int = Field(1, ge=1, description="Ulysses ranks per sequence, with use_sequence_parallel")
+    skiparse_sp_size: int = Field(1, ge=1, description="sparse ranks per sequence, with use_skiparse_sequence_parallel")
+    use_sequence_parallel: bool = Field(False, description="split sequences over sp_size ranks")
+    use_skiparse_sequence_parallel: bool = Field(False, description="split sequences over skiparse_sp_size ranks")
+
+
+class RunConfig(ParallelConfig):
+    """Base of every command that loads the model."""
+
+    model_name: Literal["osp_next", "wan_t2v"] = Field("osp_next", description="wan_t2v: the same model, all dense")
+    model: str | None = Field(
+        None, description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights"
+    )
+    transformer_config: ModelConfig = Field(default_factory=ModelConfig, alias="model_config")
+    vae_config: VAEConfig = Field(default_factory=VAEConfig)
+    text_encoder_config: TextEncoderConfig = Field(default_factory=TextEncoderConfig)
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of all random numbers")
+    output_dir: str = Field("./output", min_length=1, description="where results go")
+    weight_dtype: DType = Field("bf16", description="numbers of the transformer")
+    device: str = Field("auto", description="auto | cpu | cuda | npu | mps, or one of several as cuda:1")
+    attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")
+    encoder_cpu_offload: bool = Field(False, description="keep text encoder and autoencoder off the device when idle")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one the package ships."""
+        return self.model == "shapes" or (
+            self.model is None and self.transformer_config.pretrained_model_dir_or_checkpoint is None
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """The architecture keys this configuration asks for; the rest is the checkpoint's or the model's default."""
+        given = self.transformer_config.architecture()
+        return given | {"skiparse_model_type": "full"} if self.model_name == "wan_t2v" else given
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        weights = self.transformer_config.pretrained_model_dir_or_checkpoint
+        if self.model is not None and weights is not None:
+            raise ValueError(
+                f"model ({self.model}) and model_config.pretrained_model_dir_or_checkpoint ({weights}) both name "
+                "weights: keep one"
+            )
+        kind = self.transformer_config.skiparse_model_type
+        if self.model_name == "wan_t2v" and kind not in (None, "full"):
+            raise ValueError(f"model_name wan_t2v is dense, but model_config.skiparse_model_type is {kind!r}: keep one")
+        return self
+
+    def fitted(self, world_size: int) -> Self:
+        """This configuration for that many processes; what one process shrinks is said in ``notices``.
+
+        Raises:
+            ConfigError: the sizes do not fit; names a choice that does.
+        """
+        if world_size == 1:
+            return self._alone()
+        sequence = self._sequence_ranks(world_size)
+        fsdp = min(self.fsdp_size, world_size)
+        if world_size % fsdp:
+            raise ConfigError(f"fsdp_size {fsdp} does not divide {world_size} processes: {_use(fsdp, world_size)} fits")
+        copies = world_size // fsdp
+        if self.ddp_size not in (None, copies):
+            raise ConfigError(
+                f"ddp_size {self.ddp_size} times fsdp_size {fsdp} is not {world_size} processes: {copies} fits"
+            )
+        lines = [f"{world_size} processes: fsdp_size {fsdp}, ddp_size {copies}, ranks per sequence {sequence}"]
+        return self.model_copy(update={"fsdp_size": fsdp, "ddp_size": copies}).with_notices(lines)
+
+    def _alone(self) -> Self:
+        sizes = ("fsdp_size", "ddp_size", "sp_size", "skiparse_sp_size")
+        shrunk = [f"{name} {getattr(self, name)}" for name in sizes if name in self.model_fields_set]
+        shrunk = [text for text in shrunk if text.split()[1] not in ("1", "None")]
+        off = {"use_sequence_parallel": False, "use_skiparse_sequence_parallel": False}
+        lines = [f"one process: {', '.join(shrunk)} {'become' if len(shrunk) > 1 else 'becomes'} 1"] if shrunk else []
+        return self.model_copy(update=dict.fromkeys(sizes, 1) | off).with_notices(lines)
+
+    def _sequence_ranks(self, world_size: int) -> int:
+        """Ranks that share one sequence, checked against the world and the sparse pattern."""
+        ulysses = self.sp_size if self.use_sequence_parallel else 1
+        sparse = self.skiparse_sp_size if self.use_skiparse_sequence_parallel else 1
+        segments = (self.transformer_config.sparse_ratio or 2) ** 2
+        if segments % sparse:
+            fit = _use(sparse, segments)
+            raise ConfigError(f"skiparse_sp_size {sparse} does not divide the {segments} segments: {fit} fits")
+        if world_size % (ulysses * sparse):
+            fit = _use(max(1, ulysses), max(1, world_size // sparse)) if world_size % sparse == 0 else 1
+            raise ConfigError(
+                f"sp_size {ulysses} times skiparse_sp_size {sparse} does not divide {world_size} processes: sp_size "
+                f"{fit} with skiparse_sp_size {sparse if world_size % sparse == 0 else 1} fits"
+            )
+        return ulysses * sparse
+
+
+def _use(wanted: int, whole: int) -> int:
+    """The largest divisor of ``whole`` that is at most ``wanted``."""
+    return next(size for size in range(min(wanted, whole), 0, -1) if whole % size == 0)

@@ -1,0 +1,307 @@
+"""One strict scheme for every command: frozen configuration classes, YAML in, dotted overrides, YAML out.
+
+A configuration is a tree of ``Config`` classes. ``load_config`` reads a YAML file (safe loading only), applies
+``a.b=c`` overrides, settles keys of older configs by a table of ``KeyRule``, and refuses every other unknown key with
+the nearest known one. Nothing here knows which commands exist.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+PLACEHOLDER = "/path/to"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its message is one line that names the key and the way out."""
+
+
+class Config(BaseModel):
+    """Base of every configuration section: strict types, no unknown keys, no change after it is made.
+
+    Lists are taken as tuples, so that a frozen section is frozen all through. A field that pydantic reserves the name
+    of carries its YAML key as alias; it may be given by either name in Python, in YAML by the key only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
+
+    _notices: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the loader has to say about this configuration, a line each: for the report of the run."""
+        return self._notices
+
+    def with_notices(self: "C", lines: Iterable[str]) -> "C":
+        """A copy that carries these further lines in ``notices``."""
+        copy = self.model_copy()
+        copy._notices = (*self._notices, *lines)
+        return copy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Fate(Enum):
+    """What becomes of a key that older configs hold."""
+
+    MAPPED = "mapped"
+    NO_EFFECT = "no effect"
+    RENAMED = "renamed"
+
+
+class KeyRule(NamedTuple):
+    """The fate of one key.
+
+    Attributes:
+        fate: mapped (same meaning here), no effect (accepted, one line printed), renamed (refused).
+        target: the key to use: required for RENAMED, for MAPPED only where it stands in another place.
+        why: for NO_EFFECT, the reason that is printed.
+    """
+
+    fate: Fate
+    target: str = ""
+    why: str = ""
+
+
+def load_config(
+    cls: type[C],
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    rules: Mapping[str, KeyRule] | None = None,
+) -> C:
+    """A ``cls`` from a YAML file and ``a.b=c`` overrides, both optional; overrides win.
+
+    Args:
+        cls: the configuration class of the command.
+        path: the YAML file; None for defaults and overrides only.
+        overrides: ``a.b=c``, the value read as a YAML scalar, or as a YAML list or quoted string.
+        rules: fates of keys that are not fields of ``cls``, by dotted key.
+
+    Raises:
+        ConfigError: unknown, renamed, doubled or mistyped keys, all named in one line.
+        FileNotFoundError: the file does not exist.
+    """
+    data = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        key, value = parse_override(override)
+        _put(data, key, value)
+    settled, notices = _settle(cls, data, rules or {})
+    try:
+        config = cls.model_validate(settled)
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error)) from error
+    return config.with_notices(notices)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping a YAML file holds; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: not YAML, not a mapping, not UTF-8, or a key stands twice.
+        FileNotFoundError: no such file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}; a config is a mapping of key: value")
+    return data
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """The dotted key and the value of ``a.b=c``; free text such as a prompt may hold colons and hashes.
+
+    Raises:
+        ConfigError: there is no ``=``, no key, or a list or quoted string does not end.
+    """
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{text!r} is no override: write key=value, or section.key=value")
+    if raw[:1] not in ("[", "{", '"', "'"):
+        return key, _plain_scalar(raw)
+    try:
+        return key, yaml.load(raw, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {raw!r} is not a YAML value: {' '.join(str(error).split())}") from error
+
+
+def config_keys(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted YAML key of a configuration class with its field, leaves only, in the order of the class."""
+    for name, field in cls.model_fields.items():
+        key = prefix + (field.alias or name)
+        section = _section_of(field)
+        if section is None:
+            yield key, field
+        else:
+            yield from config_keys(section, key + ".")
+
+
+def dump_yaml(config: Config) -> str:
+    """The whole configuration as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write ``dump_yaml`` to a file."""
+    Path(path).write_text(dump_yaml(config), encoding="utf-8")
+
+
+def refuse_placeholders(config: Config) -> None:
+    """Stop on ``/path/to/...`` values left from a sample config.
+
+    Raises:
+        ConfigError: names every such key.
+    """
+    left = [f"{key} ({value})" for key, value in _leaves(config.model_dump(by_alias=True)) if _is_placeholder(value)]
+    if left:
+        raise ConfigError(f"placeholders are left in the config; give real paths for {', '.join(left)}")
+
+
+def describe_errors(error: ValidationError) -> str:
+    """A pydantic error in one line: each key, what it holds, and what it should hold."""
+    parts = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(item["input"], Mapping | BaseModel) else f" is {item['input']!r}"
+        parts.append(f"{key}{shown}: {message}" if key else message)
+    return "; ".join(dict.fromkeys(parts))
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """The known dotted key most like ``key``: the same last name elsewhere first, then the closest spelling."""
+    keys = list(known)
+    name = key.rpartition(".")[2]
+    for candidate in keys:
+        if candidate.rpartition(".")[2] == name:
+            return candidate
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    by_name = {candidate.rpartition(".")[2]: candidate for candidate in reversed(keys)}
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+    return by_name[close[0]] if close else None
+
+
+def _settle(
+    cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyRule]
+) -> tuple[dict[str, Any], list[str]]:
+    """Split what ``cls`` knows from what ``rules`` settle; refuse the rest. Returns the data and the notices."""
+    known = [key for key, _ in config_keys(cls)]
+    settled: dict[str, Any] = {}
+    notices: list[str] = []
+    errors: list[str] = []
+    moved: list[tuple[str, str, Any]] = []
+    for key, value in _leaves(data, stop=set(known) | set(rules)):
+        rule = rules.get(key)
+        if key in known:
+            _put(settled, key, value)
+        elif value is None and any(name.startswith(key + ".") for name in known):
+            continue  # a section that is named but empty
+        elif rule is None:
+            near = nearest_key(key, [*known, *(name for name, other in rules.items() if other.fate is Fate.MAPPED)])
+            errors.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
+        elif rule.fate is Fate.RENAMED:
+            errors.append(f"key {key!r} is not read: use {rule.target}")
+        elif rule.fate is Fate.NO_EFFECT:
+            notices.append(f"{key} has no effect here: {rule.why}")
+        else:
+            moved.append((key, rule.target, value))
+    for key, target, value in moved:
+        present = dict(_leaves(settled)).get(target, value)
+        if present != value:
+            errors.append(f"{key!r} is {value!r} but {target!r}, which means the same, is {present!r}: keep one")
+        _put(settled, target, value)
+    if errors:
+        raise ConfigError("; ".join(errors))
+    return settled, notices
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "", stop: set[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping; a mapping under a key of ``stop``, or an empty one, is a leaf."""
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not (stop and key in stop):
+            yield from _leaves(value, key + ".", stop)
+        else:
+            yield key, None if isinstance(value, Mapping) and not value and key not in (stop or ()) else value
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
+        if not isinstance(data, dict):
+            raise ConfigError(f"{key!r}: {'.'.join(sections[:depth])!r} holds a value, not a section")
+    data[name] = value
+
+
+def _section_of(field: FieldInfo) -> type[Config] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Config) else None
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, str) and (value == PLACEHOLDER or value.startswith(PLACEHOLDER + "/"))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML with the surprises of YAML 1.1 taken out: ``on`` is text, ``1e-4`` a number, keys stand once."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping with text keys; raises on a key that stands twice."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            name = str(key_node.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands twice", key_node.start_mark)
+            seen.add(name)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+_TAG = "tag:yaml.org,2002:"
+for _name, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _StrictLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _plain_scalar(raw: str) -> Any:
+    """The value of an unquoted YAML scalar, whatever signs of YAML its text holds."""
+    loader = _StrictLoader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, raw, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, raw))
+    finally:
+        loader.dispose()

@@ -1,0 +1,126 @@
+"""What ``ospnext generate`` can be told, and how its prompts and sampling values are found."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from ospnext.assemble import RunConfig, SchedulerConfig
+from ospnext.config import ConfigError
+
+
+class SamplerConfig(SchedulerConfig):
+    """The sampling schedule; None means the model's own value."""
+
+    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps; default: the model's (Wan: 50)")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="classifier-free guidance, off at 1 and below; default: the model's (Wan: 0)"
+    )
+    shift: float | None = Field(None, gt=0, description="shift of the noise levels; default: the model's (Wan: 1)")
+
+
+class Sampling(NamedTuple):
+    """The values a run samples with; ``WAN_SAMPLING`` holds those of weights that bring none."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    sampler: str
+
+
+WAN_SAMPLING = Sampling(49, 480, 832, 50, 0.0, 1.0, "euler")
+
+
+class GenerateConfig(RunConfig):
+    """``ospnext generate``: prompts to videos."""
+
+    prompt: str | tuple[str, ...] | None = Field(None, description="one prompt, or a list of prompts")
+    prompt_txt: str | None = Field(
+        None, description="a file with a prompt per line (ends in .txt, or exists), else a prompt"
+    )
+    negative_prompt: str | None = Field(None, description="what to avoid; default: the model's own")
+    num_videos_per_prompt: int = Field(1, ge=1, description="videos of each prompt, each with its own seed")
+    batch_size: int = Field(1, ge=1, description="videos that are denoised together")
+    num_frames: int | None = Field(None, ge=1, description="frames, 4k+1; default: the model's (Wan: 49)")
+    height: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 480)")
+    width: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 832)")
+    save_fps: float = Field(16, gt=0, description="frames per second of the files")
+    scheduler_config: SamplerConfig = Field(default_factory=SamplerConfig)
+    sampler: Literal["euler", "unipc"] | None = Field(None, description="default: the model's (Wan: euler)")
+    guidance_mode: Literal["batched", "sequential"] = Field(
+        "batched", description="both guidance passes at once, or one after the other in less memory"
+    )
+    vae_tiling: Literal["auto", "on", "off"] = Field("auto", description="decode in tiles; auto: when memory is short")
+    encoder_cpu_offload: bool = Field(True, description="move the text encoder off the device once prompts are encoded")
+    overwrite: bool = Field(False, description="make videos again that exist in output_dir")
+
+    @model_validator(mode="after")
+    def _one_source_of_prompts(self) -> Self:
+        if self.prompt is not None and self.prompt_txt is not None:
+            raise ValueError("prompt and prompt_txt are both given: keep one")
+        return self
+
+    def sampling(self, model_defaults: Mapping[str, Any] | None = None) -> Sampling:
+        """The values to sample with: this configuration's, else the model's, else ``WAN_SAMPLING``'s.
+
+        Args:
+            model_defaults: what the model folder says, by field name of ``Sampling``; None or {} if it says nothing.
+        """
+        given = self.model_dump(include=set(Sampling._fields), exclude_none=True)
+        given |= self.scheduler_config.model_dump(include=set(Sampling._fields), exclude_none=True)
+        defaults = {name: value for name, value in (model_defaults or {}).items() if name in Sampling._fields}
+        return WAN_SAMPLING._replace(**(defaults | given))
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """The prompts of a configuration, in order; blank lines of a file are skipped.
+
+    Raises:
+        ConfigError: there are none, or the file is empty or not text.
+        FileNotFoundError, PermissionError: the file cannot be read.
+    """
+    if config.prompt is not None:
+        prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt)
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise ConfigError("prompt is empty: give some text")
+        return prompts
+    if config.prompt_txt is None:
+        raise ConfigError("no prompt: give --prompt TEXT, --prompts FILE, or the key prompt or prompt_txt")
+    if not _is_file(config.prompt_txt):
+        if not config.prompt_txt.strip():
+            raise ConfigError("prompt_txt is empty: give a file or a prompt")
+        return [config.prompt_txt]
+    return read_prompt_file(config.prompt_txt)
+
+
+def read_prompt_file(path: str | Path) -> list[str]:
+    """The non-blank lines of a prompt file, stripped.
+
+    Raises:
+        ConfigError: it holds none, is a folder, or is not UTF-8 text.
+        FileNotFoundError, PermissionError: it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except IsADirectoryError as error:
+        raise ConfigError(f"prompt file {path} is a folder: give a text file with a prompt per line") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompt file {path} is not text in UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompt file {path} holds no prompt: write one prompt per line")
+    return prompts
+
+
+def _is_file(text: str) -> bool:
+    """Whether ``prompt_txt`` means a file. A long prompt is no valid file name: then it is a prompt."""
+    if text.endswith(".txt"):
+        return True
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False
