@@ -79,25 +79,16 @@ class RunConfig(ParallelConfig):
     """Base of every command that loads the model."""
 
     model_name: Literal["osp_next", "wan_t2v"] = Field("osp_next", description="wan_t2v: the same model, all dense")
-    model: str | None = Field(
-        None, description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights"
-    )
-    transformer_config: ModelConfig = Field(default_factory=ModelConfig, alias="model_config")
-    vae_config: VAEConfig = Field(default_factory=VAEConfig)
-    text_encoder_config: TextEncoderConfig = Field(default_factory=TextEncoderConfig)
+    model: str | None = Field(None, description="a diffusers-style pipeline folder, or 'shapes': the embedded one")
+    transformer_config: ModelConfig = Field(ModelConfig(), alias="model_config")
+    vae_config: VAEConfig = VAEConfig()
+    text_encoder_config: TextEncoderConfig = TextEncoderConfig()
     seed: int = Field(42, ge=0, lt=2**63, description="seed of all random numbers")
     output_dir: str = Field("./output", min_length=1, description="where results go")
     weight_dtype: DType = Field("bf16", description="numbers of the transformer")
     device: str = Field("auto", description="auto | cpu | cuda | npu | mps, or one of several as cuda:1")
     attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")
     encoder_cpu_offload: bool = Field(False, description="keep text encoder and autoencoder off the device when idle")
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the model is the one the package ships."""
-        return self.model == "shapes" or (
-            self.model is None and self.transformer_config.pretrained_model_dir_or_checkpoint is None
-        )
 
     def architecture(self) -> dict[str, Any]:
         """The architecture keys this configuration asks for; the rest is the checkpoint's or the model's default."""

@@ -117,7 +117,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        data = _load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
@@ -142,7 +142,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if raw[:1] not in ("[", "{", '"', "'"):
         return key, _plain_scalar(raw)
     try:
-        return key, yaml.load(raw, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        return key, _load(raw)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {raw!r} is not a YAML value: {' '.join(str(error).split())}") from error
 
@@ -295,6 +295,15 @@ for _name, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
     _StrictLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _load(text: str) -> Any:
+    """The one YAML document in ``text``, safely."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _plain_scalar(raw: str) -> Any:

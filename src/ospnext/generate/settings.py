@@ -38,6 +38,9 @@ WAN_SAMPLING = Sampling(49, 480, 832, 50, 0.0, 1.0, "euler")
 class GenerateConfig(RunConfig):
     """``ospnext generate``: prompts to videos."""
 
+    model: str | None = Field(
+        None, description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights"
+    )
     prompt: str | tuple[str, ...] | None = Field(None, description="one prompt, or a list of prompts")
     prompt_txt: str | None = Field(
         None, description="a file with a prompt per line (ends in .txt, or exists), else a prompt"
@@ -49,7 +52,7 @@ class GenerateConfig(RunConfig):
     height: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 480)")
     width: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 832)")
     save_fps: float = Field(16, gt=0, description="frames per second of the files")
-    scheduler_config: SamplerConfig = Field(default_factory=SamplerConfig)
+    scheduler_config: SamplerConfig = SamplerConfig()
     sampler: Literal["euler", "unipc"] | None = Field(None, description="default: the model's (Wan: euler)")
     guidance_mode: Literal["batched", "sequential"] = Field(
         "batched", description="both guidance passes at once, or one after the other in less memory"
@@ -63,6 +66,13 @@ class GenerateConfig(RunConfig):
         if self.prompt is not None and self.prompt_txt is not None:
             raise ValueError("prompt and prompt_txt are both given: keep one")
         return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one the package ships."""
+        return self.model == "shapes" or (
+            self.model is None and self.transformer_config.pretrained_model_dir_or_checkpoint is None
+        )
 
     def sampling(self, model_defaults: Mapping[str, Any] | None = None) -> Sampling:
         """The values to sample with: this configuration's, else the model's, else ``WAN_SAMPLING``'s.
