@@ -1,0 +1,188 @@
+"""Draw scenes as video, in torch on any device: signed distance functions, anti-aliased, lit from the upper left.
+
+A clip is a function of its scene alone. All frames of many clips are drawn at once: no loop runs over pixels, frames
+or clips, only over kinds of shapes and backgrounds and over the (at most three) things of a scene.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ospnext.shapes.world import BACKGROUNDS, COLOURS, FRAME, Background, Scene, camera, tracks
+
+CHUNK_PIXELS = 64 * 33 * 128 * 128  # pixels drawn at once, which bounds memory to about 3 GB
+TEXTURE_PERIOD = 24.0  # pixels of a FRAME-sized picture
+TEXTURE_CONTRAST = 0.11  # how far the second tone of a texture is from the first
+
+
+def render(
+    scenes: Sequence[Scene],
+    frames: int = 33,
+    height: int = 128,
+    width: int = 128,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Draw scenes as uint8 RGB [scenes, frames, height, width, 3] on ``device``.
+
+    The square world fills the middle of a frame that is not square.
+
+    Raises:
+        ValueError: there is no scene, or a size is not positive.
+    """
+    if not scenes or min(frames, height, width) < 1:
+        raise ValueError(f"nothing to draw: {len(scenes)} scenes of {frames} x {height} x {width}")
+    step = max(1, CHUNK_PIXELS // (frames * height * width))
+    chunks = [scenes[i : i + step] for i in range(0, len(scenes), step)]
+    return torch.cat([_draw(chunk, frames, height, width, torch.device(device)) for chunk in chunks])
+
+
+def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """Distance to the outline of an upright shape of radius 1 around its centroid, negative inside; y points down."""
+    return _SHAPES[shape](x, y)
+
+
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 1.0
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.9
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs() * (math.sqrt(3) / 2) - y / 2, y) - 0.71
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    """Five points: fold the plane to half a point, then measure from the line between its tip and its valley."""
+    tip, valley, sector = 1.42, 0.62, math.pi / 5
+    angle = torch.atan2(x, -y)
+    folded = (angle - 2 * sector * torch.round(angle / (2 * sector))).abs()
+    radius = torch.hypot(x, y)
+    across, along = radius * folded.sin(), radius * folded.cos()
+    line_x, line_y = valley * math.sin(sector), valley * math.cos(sector) - tip
+    length = math.hypot(line_x, line_y)
+    return (across * -line_y + (along - tip) * line_x) / length
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    x, y = x.abs(), y.abs()
+    return torch.minimum(torch.maximum(x - 1.17, y - 0.41), torch.maximum(x - 0.41, y - 1.17))
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.84).abs() - 0.3
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    """Two round lobes on a right angle (the heart of I. Quilez's 2D distance functions), deeply cleft."""
+    size, middle = 1.9, 0.6576
+    x, y = x.abs() / size, middle - y / size
+    lobe = torch.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
+    diagonal = (x + y).clamp(min=0) / 2
+    below = torch.minimum(x**2 + (y - 1) ** 2, (x - diagonal) ** 2 + (y - diagonal) ** 2).sqrt() * (x - y).sign()
+    return torch.where(x + y > 1, lobe, below) * size
+
+
+_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+    "heart": _heart,
+}
+
+
+def _draw(scenes: Sequence[Scene], frames: int, height: int, width: int, device: torch.device) -> Tensor:
+    scale = min(height, width) / FRAME
+    x = ((torch.arange(width, device=device) + 0.5 - width / 2) / scale + FRAME / 2).view(1, 1, 1, width)
+    y = ((torch.arange(height, device=device) + 0.5 - height / 2) / scale + FRAME / 2).view(1, 1, height, 1)
+    picture = _backgrounds(scenes, x, y, frames)
+    for slot in range(max(len(scene.things) for scene in scenes)):
+        for shape in _SHAPES:
+            which = [
+                i for i, scene in enumerate(scenes) if len(scene.things) > slot and scene.things[slot].shape == shape
+            ]
+            if which:
+                _paint(picture, which, [scenes[i] for i in which], slot, x, y)
+    return picture.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _paint(picture: Tensor, which: list[int], scenes: Sequence[Scene], slot: int, x: Tensor, y: Tensor) -> None:
+    """Paint the things in one slot of the chosen scenes, all of one shape, with their shadows."""
+    things = [scene.things[slot] for scene in scenes]
+    path = tracks(things, picture.shape[1], [scene.pan for scene in scenes])
+    centre_x, centre_y, radius, angle = (_per_frame(curve, x) for curve in path)
+    colour = torch.tensor([COLOURS[thing.colour] for thing in things], device=x.device).view(-1, 1, 1, 1, 3) / 255
+    across, down = (x - centre_x) / radius, (y - centre_y) / radius
+    cos, sin = angle.cos(), angle.sin()
+    distance = signed_distance(things[0].shape, across * cos + down * sin, down * cos - across * sin)
+    pixel = (x[..., 1] - x[..., 0]).item() if x.shape[-1] > 1 else 1.0
+    cover = _smooth(0.5 - distance * radius / (1.5 * pixel))
+    light = 1.0 - 0.09 * (across + down) - 0.10 * _smooth(1 + distance / 0.22)
+    shadow = 0.22 * _smooth(1.15 - torch.hypot(across - 0.18, down - 0.32) / 1.5)
+    clips = torch.tensor(which, device=x.device)
+    below = picture[clips] * (1 - shadow * (1 - cover))[..., None]
+    picture[clips] = torch.lerp(below, (colour * light[..., None]).clamp(0, 1), cover[..., None])
+
+
+def _backgrounds(scenes: Sequence[Scene], x: Tensor, y: Tensor, frames: int) -> Tensor:
+    """The empty stage, float 0..1 [scenes, frames, height, width, 3]."""
+    shift = _per_frame(np.stack([camera(scene.pan, frames) for scene in scenes]), x)
+    first = _colours([scene.background.colour for scene in scenes], x)
+    second = torch.cat([_second_tone(scene.background, x) for scene in scenes])
+    amount = torch.zeros(len(scenes), frames, y.shape[2], x.shape[3], device=x.device)
+    for pattern, texture in _TEXTURES.items():
+        which = [i for i, scene in enumerate(scenes) if scene.background.pattern == pattern]
+        if which:
+            clips = torch.tensor(which, device=x.device)
+            amount[clips] = texture(x + shift[clips, ..., 0], y + shift[clips, ..., 1])
+    return torch.lerp(first, second, amount[..., None])
+
+
+def _second_tone(background: Background, like: Tensor) -> Tensor:
+    if background.pattern == "gradient":
+        return _colours([background.second], like)
+    tone = _colours([background.colour], like)
+    return tone + TEXTURE_CONTRAST * (1 if tone.mean() < 0.5 else -1)
+
+
+def _wave(u: Tensor) -> Tensor:
+    """A soft-edged square wave of period 1, from 0 to 1."""
+    return _smooth(0.5 + 2.2 * torch.cos(2 * math.pi * u))
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    u, v = x / TEXTURE_PERIOD, y / TEXTURE_PERIOD
+    return _smooth(0.5 + (0.3 - torch.hypot(u - u.round(), v - v.round())) * TEXTURE_PERIOD / 2)
+
+
+_TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gradient": lambda x, y: (y / FRAME).clamp(0, 1).expand(*y.shape[:3], x.shape[3]),
+    "vertical stripes": lambda x, y: _wave(x / TEXTURE_PERIOD),
+    "horizontal stripes": lambda x, y: _wave(y / TEXTURE_PERIOD),
+    "dots": _dots,
+    "checks": lambda x, y: _smooth(
+        0.5 + 2.2 * (math.pi * x / TEXTURE_PERIOD).sin() * (math.pi * y / TEXTURE_PERIOD).sin()
+    ),
+}
+
+
+def _smooth(u: Tensor) -> Tensor:
+    """The smooth step: 0 up to u = 0, 1 from u = 1 on."""
+    u = u.clamp(0, 1)
+    return u * u * (3 - 2 * u)
+
+
+def _colours(names: Sequence[str], like: Tensor) -> Tensor:
+    return torch.tensor([BACKGROUNDS[name] for name in names], device=like.device).view(-1, 1, 1, 1, 3) / 255
+
+
+def _per_frame(curves: np.ndarray, like: Tensor) -> Tensor:
+    """Curves [clips, frames, ...] as a tensor [clips, frames, 1, 1, ...]."""
+    return torch.from_numpy(curves.astype(np.float32)).to(like.device)[:, :, None, None]
