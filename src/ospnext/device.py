@@ -1,5 +1,8 @@
 """Where tensors live and in which numbers: the names a user may write, and what they mean on this machine."""
 
+from pathlib import Path
+
+import psutil
 import torch
 
 DEVICE_NAMES = ("auto", "cpu", "cuda", "npu", "mps")
@@ -32,7 +35,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if kind == "auto":
         return torch.device("cpu") if here is None else torch.device(here.type)
     if kind != "cpu" and (here is None or here.type != kind):
-        raise ValueError(f"device {name!r} is not available here: this machine has {here or 'no accelerator'}; use auto")
+        raise ValueError(
+            f"device {name!r} is not available here: this machine has {here or 'no accelerator'}; use auto"
+        )
     return torch.device(name)
 
 
@@ -65,3 +70,24 @@ def device_label(device: torch.device) -> str:
         return f"cpu ({torch.get_num_threads()} threads)"
     module = getattr(torch, device.type)
     return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take on ``device``, with what torch has set aside and does not use."""
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available, _container_memory())
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    free, _ = torch.accelerator.get_memory_info(device)
+    return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+
+
+def _container_memory() -> int:
+    """Bytes left under the control group's limit: a container's own memory, which the machine's figures ignore."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
+    except OSError:
+        return 2**63
+    return 2**63 if limit == "max" else int(limit) - int(used) + int(cache)

@@ -67,3 +67,47 @@ def test_refuses_what_does_not_fit(vae: AutoencoderKLWan) -> None:
     residual = AutoencoderKLWan(base_dim=4, decoder_base_dim=4, is_residual=True, patch_size=2, in_channels=12)
     with pytest.raises(ValueError, match="residual"):
         video_vae.decode_whole(residual, torch.zeros(1, 16, 2, 4, 4))
+
+
+def test_chunks_and_whole_decode_alike_and_clips_do_not_mix(vae: AutoencoderKLWan) -> None:
+    latents = torch.randn(2, 16, 3, 4, 6)
+    whole = video_vae.decode(vae, latents, modes=["whole"])
+    chunked = video_vae.decode(vae, latents, modes=["chunked"])
+    assert (whole.mode, chunked.mode) == ("whole", "chunked")
+    torch.testing.assert_close(whole.video, chunked.video, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(video_vae.decode_latents(vae, latents[1:]), whole.video[1:], atol=1e-5, rtol=1e-5)
+    assert whole.video.shape == (2, 3, 9, 32, 48)
+    assert whole.video.abs().max() <= 1
+
+
+def test_tiles_cover_the_frame_and_leave_no_trace(vae: AutoencoderKLWan) -> None:
+    decoded = video_vae.decode(vae, torch.randn(1, 16, 1, 34, 36), modes=["tiled"])
+    assert decoded.mode == "tiled"
+    assert decoded.video.shape == (1, 3, 1, 272, 288)
+    assert not vae.use_tiling
+
+
+def test_mode_follows_the_estimate(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(1, 16, 5, 4, 4)
+    need = {mode: video_vae.decode_bytes(vae, latents, mode) for mode in video_vae.DECODE_MODES}
+    assert need["tiled"] <= need["chunked"] < need["whole"]
+    for free, expected in ((need["whole"], "whole"), (need["chunked"], "chunked"), (0, "tiled")):
+        monkeypatch.setattr(video_vae, "free_memory", lambda device, free=free: free)
+        assert video_vae.decode(vae, latents).mode == expected
+
+
+def test_running_out_of_memory_takes_the_next_way(vae: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(video_vae._DECODERS, "whole", out_of_memory)
+    assert video_vae.decode(vae, torch.randn(2, 16, 1, 4, 4)).mode == "chunked"
+    with pytest.raises(torch.OutOfMemoryError):
+        video_vae.decode(vae, torch.randn(1, 16, 1, 4, 4), modes=["whole"])
+
+
+def test_encoding_gives_normalised_means(vae: AutoencoderKLWan) -> None:
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    latents = video_vae.encode_video(vae, video)
+    mu = video_vae.encode_whole(vae, video).chunk(2, dim=1)[0]
+    torch.testing.assert_close(latents, video_vae.normalise(vae, mu), atol=1e-5, rtol=1e-5)
