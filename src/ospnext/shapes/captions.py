@@ -20,7 +20,7 @@ _SHAPES = {
     "star": ("star",),
     "cross": ("cross", "cross", "plus sign"),
     "ring": ("ring",),
-    "heart": ("heart",),
+    "crescent": ("crescent", "crescent", "crescent moon"),
 }
 
 _COLOURS = {"purple": ("purple", "purple", "violet"), "cyan": ("cyan", "cyan", "turquoise")}  # the others have one name

@@ -22,7 +22,7 @@ PAN_DISTANCE = 28.0  # how far the camera travels in a clip
 TRAVEL = (46.0, 62.0)  # length of a path from end to end
 HELD_OUT_SHARE = 0.15
 
-REACH = {"circle": 1.0, "square": 1.27, "triangle": 1.42, "star": 1.42, "cross": 1.25, "ring": 1.14, "heart": 1.40}
+REACH = {"circle": 1.0, "square": 1.27, "triangle": 1.42, "star": 1.42, "cross": 1.25, "ring": 1.14, "crescent": 1.53}
 """Distance from each shape's centroid to its farthest point, in radii; its keys are the shapes."""
 
 COLOURS = {
