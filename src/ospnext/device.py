@@ -26,30 +26,34 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         ValueError: the name is unknown, or this machine has no such device.
     """
-    kind = name.split(":")[0]
+    kind, colon, index = name.partition(":")
     if kind not in DEVICE_NAMES:
         raise ValueError(f"device {name!r} is not known: use one of {', '.join(DEVICE_NAMES)}")
+    if colon and (kind == "auto" or not index.isdecimal()):
+        raise ValueError(f"device {name!r} has no such index: write auto, cpu, cuda, cuda:0, cuda:1, ...")
     if kind == "npu":
         import_npu()
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind == "auto":
         return torch.device("cpu") if here is None else torch.device(here.type)
     if kind != "cpu" and (here is None or here.type != kind):
-        raise ValueError(
-            f"device {name!r} is not available here: this machine has {here or 'no accelerator'}; use auto"
-        )
+        have = "no accelerator" if here is None else here.type
+        raise ValueError(f"device {name!r} is not available here: this machine has {have}; use auto")
+    if here is not None and kind == here.type and colon and int(index) >= torch.accelerator.device_count():
+        last = f"{kind}:{torch.accelerator.device_count() - 1}"
+        raise ValueError(f"device {name!r} is not available here: the last one is {last}")
     return torch.device(name)
 
 
 def import_npu() -> None:
-    """Register Ascend's backend with torch; torch does not find it by itself.
+    """Register Ascend's backend with torch, also where torch does not load backends by itself.
 
     Raises:
         ValueError: torch_npu is not installed or does not import.
     """
     try:
         import torch_npu  # noqa: F401
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"device 'npu' needs torch_npu (pip install 'ospnext[npu]'): {error}") from error
 
 

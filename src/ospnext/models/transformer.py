@@ -270,7 +270,7 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         here = self.layouts[0]
         x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)
-        x = plan.scatter(x, here)
+        x = plan.scatter(x, here).contiguous()  # all blocks see the same strides: one compilation serves them
         for block, layout in zip(self.blocks, self.layouts, strict=True):
             # Between blocks, not inside: never compiled or recomputed with them.
             x = self.switch(x, plan, here, layout)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import import_module
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 KERNEL_NAMES = ("auto", "sdpa", "cudnn", "flash2", "flash3", "flash4")
 _FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 _HALF = (torch.bfloat16, torch.float16)
+_ABSENT = "is not installed"
+# What importing a build for another torch, CUDA, compiler or chip has been seen to raise.
+_BROKEN_BUILD = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, NameError, AssertionError)
 
 
 class Attend:
@@ -54,8 +58,7 @@ def attend(
     Args:
         q: ``[B, N, heads, head_dim]``.
         k, v: ``[B, M, heads, head_dim]``; M = N when segments are given.
-        segments: lengths that add up to N; None or one length is plain dense attention. Neighbours of equal length
-            share one call.
+        segments: lengths that add up to N; None is plain dense attention. Neighbours of equal length share one call.
         kernel: a name of ``KERNEL_NAMES``.
 
     Returns:
@@ -64,8 +67,8 @@ def attend(
     Raises:
         ValueError: the segments do not add up, or the kernel cannot run on these tensors.
     """
-    run = kernel_function(choose_kernel(kernel, q.device, q.dtype), q.device, q.dtype)
-    if segments is None or len(segments) == 1:
+    run = _KERNELS[choose_kernel(kernel, q.device, q.dtype)]
+    if segments is None:
         return run(q, k, v)
     if sum(segments) != q.shape[1] or k.shape[1] != q.shape[1]:
         raise ValueError(f"segments {segments} do not add up to the {q.shape[1]} queries and {k.shape[1]} keys")
@@ -111,19 +114,29 @@ def check_kernel(name: str) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result  # settled while a block is traced: the look-up is no part of the graph
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What ``auto`` means here; any other name is kept.
+    """The kernel that runs for a name: what ``auto`` means here; any other name is kept.
 
     Half precision on CUDA takes cuDNN on Hopper (measured 1.7x FlashAttention 2 there) and FlashAttention 2 elsewhere
     if it is installed; all else takes SDPA.
+
+    Raises:
+        ValueError: the name is unknown, or that kernel cannot run on this device or dtype.
     """
-    if name != "auto":
-        return check_kernel(name)
-    if device.type != "cuda" or dtype not in _HALF:
-        return "sdpa"
-    if torch.cuda.get_device_capability(device)[0] == 9 and not why_not("cudnn"):
-        return "cudnn"
-    return "sdpa" if why_not("flash2") else "flash2"
+    check_kernel(name)
+    half_on_cuda = device.type == "cuda" and dtype in _HALF
+    if name == "auto":
+        if not half_on_cuda:
+            return "sdpa"
+        if torch.cuda.get_device_capability(device)[0] == 9 and not why_not("cudnn"):
+            return "cudnn"
+        return "sdpa" if why_not("flash2") else "flash2"
+    if reason := why_not(name):
+        raise ValueError(f"attention kernel {name!r} is unavailable: {reason}; use auto or sdpa")
+    if name != "sdpa" and not half_on_cuda:
+        raise ValueError(f"attention kernel {name!r} needs bf16 or fp16 on CUDA, not {dtype} on {device}; use auto")
+    return name
 
 
 @lru_cache(maxsize=len(KERNEL_NAMES))
@@ -136,10 +149,14 @@ def why_not(name: str) -> str:
         return "needs a CUDA device"
     if name == "cudnn":
         return "" if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
+    module = _FLASH_MODULES[name]
     try:
-        _flash_function(name)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a broken build fails in any of these ways
-        return f"{_FLASH_MODULES[name]} does not import: {error}"
+        _KERNELS[name] = _flash_kernel(import_module(module).flash_attn_func)
+    except ModuleNotFoundError as error:
+        absent = error.name is not None and f"{module}.".startswith(f"{error.name}.")  # itself, not what it imports
+        return f"{module} {_ABSENT}" if absent else f"{module} does not import: {error}"
+    except _BROKEN_BUILD as error:
+        return f"{module} does not import: {error}"
     return ""
 
 
@@ -149,27 +166,17 @@ def available_kernels() -> dict[str, str]:
 
 
 def describe_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What really runs, for the report: ``cudnn (auto)``, ``sdpa (auto; flash2: needs a CUDA device)``, ..."""
+    """What really runs, for the report: ``cudnn (auto)``, ``sdpa (auto; flash_attn does not import: ...)``, ...
+
+    Raises:
+        ValueError: as ``choose_kernel``.
+    """
     chosen = choose_kernel(name, device, dtype)
     if name != "auto":
         return chosen
-    broken = [f"{n}: {why_not(n)}" for n in _FLASH_MODULES if device.type == "cuda" and "No module" not in why_not(n)]
-    return f"{chosen} (auto{''.join('; ' + b for b in broken if not b.endswith(': '))})"
-
-
-def kernel_function(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The function ``[B, L, heads, head_dim] -> [B, L, heads, head_dim]`` behind a kernel's name (not ``auto``).
-
-    Raises:
-        ValueError: it cannot run on this device or dtype.
-    """
-    if name == "sdpa":
-        return _sdpa
-    if reason := why_not(name):
-        raise ValueError(f"attention kernel {name!r} is unavailable: {reason}; use auto or sdpa")
-    if device.type != "cuda" or dtype not in _HALF:
-        raise ValueError(f"attention kernel {name!r} needs bf16 or fp16 on CUDA, not {dtype} on {device}; use auto")
-    return _cudnn if name == "cudnn" else _flash_function(name)
+    reasons = [why_not(flash) for flash in _FLASH_MODULES] if device.type == "cuda" else []
+    broken = [reason for reason in dict.fromkeys(reasons) if reason and not reason.endswith(_ABSENT)]
+    return f"{chosen} ({'; '.join(['auto', *broken])})"
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -183,11 +190,12 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _sdpa(q, k, v)
 
 
-def _flash_function(name: str) -> Kernel:
-    function = import_module(_FLASH_MODULES[name]).flash_attn_func
-
+def _flash_kernel(function: Callable[..., Any]) -> Kernel:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = function(q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
 
     return run
+
+
+_KERNELS: dict[str, Kernel] = {"sdpa": _sdpa, "cudnn": _cudnn}  # FlashAttention joins when ``why_not`` imports it

@@ -85,6 +85,7 @@ class Order(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is first made while sampling must also serve training
 def order(grid: Grid, layout: Layout, ratio: int) -> Order:
     """Sort the tokens of a grid by segment.
 
@@ -148,7 +149,7 @@ class Switch:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a plan first made while sampling must also serve training
+@torch.inference_mode(False)
 def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device) -> Plan:
     orders = {layout: order(grid, layout, ratio) for layout in dict.fromkeys(layouts)}
     places = {layout: torch.argsort(o.index) for layout, o in orders.items()}
@@ -190,6 +191,8 @@ def block_layouts(
         raise ValueError(f"skiparse_pattern is {pattern!r}: use '2d' or '1d'")
     if model_type not in ("full", "dual_end", "uniform"):
         raise ValueError(f"skiparse_model_type is {model_type!r}: use 'full', 'dual_end' or 'uniform'")
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}: it must be at least 1")
     if sparse_ratio < 1:
         raise ValueError(f"sparse_ratio is {sparse_ratio}: it must be at least 1")
     if model_type == "full" or sparse_ratio == 1:
