@@ -69,7 +69,7 @@ def test_callback_sees_changes_and_stops() -> None:
     def callback(i: int, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         seen.append((i, round(t.item())))
         if i == 2:
-            raise StopSampling
+            raise StopSampling(x)
         return torch.zeros_like(x) if i == 1 else None
 
     x = denoise(lambda x, t: torch.ones_like(x), torch.ones(1, 2), sigma_schedule(4), callback=callback)

@@ -19,7 +19,11 @@ GuidanceMode = Literal["batched", "sequential"]
 
 
 class StopSampling(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a callback to end `denoise` after the present step."""
+    """Raised by a callback to end `denoise` after the present step, with the state ``x`` to return."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
 
 
 def sigma_schedule(num_steps: int, shift: float = 1.0) -> Tensor:
@@ -97,7 +101,7 @@ def denoise(
         if callback is not None:
             try:
                 changed = callback(i, t, x)
-            except StopSampling:
-                break
+            except StopSampling as stop:
+                return stop.x
             x = x if changed is None else changed.float()
     return x

@@ -1,0 +1,379 @@
+"""``OSPNextPipeline``: prompts to videos, with diffusers' argument names, semantics and folder layout.
+
+    pipe = OSPNextPipeline.from_pretrained("path/to/folder", torch_dtype=torch.bfloat16).to("cuda")
+    frames = pipe("a red square moves left", generator=torch.Generator().manual_seed(0)).frames[0]
+
+The latents are float32 from the first noise to the decoder, whatever the dtype of the weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from ospnext.flow.sample import GuidanceMode, StopSampling, denoise, guided
+from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
+from ospnext.generate.settings import WAN_SAMPLING
+from ospnext.generate.size import SizeStep, VideoSize, fit_size
+from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode
+
+_CLEANING: dict[str, Callable[[str], str]] = {"wan": clean_wan, "none": lambda text: text}
+_OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass
+class _Text:
+    """Embeddings [B, L, text_dim] of prompts and, under guidance, negative prompts; callbacks may change them."""
+
+    cond: Tensor
+    uncond: Tensor | None
+
+    def repeated(self, copies: int) -> "_Text":
+        """Every row ``copies`` times, copies next to each other."""
+        uncond = None if self.uncond is None else self.uncond.repeat_interleave(copies, dim=0)
+        return _Text(self.cond.repeat_interleave(copies, dim=0), uncond)
+
+
+class OSPNextPipeline(DiffusionPipeline):
+    """Text to video with the sparse transformer.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the components.
+        scheduler: FlowMatchEulerDiscreteScheduler (the Euler sampler) or UniPCMultistepScheduler; holds the shift.
+        negative_prompt: what the model avoids when a call names nothing.
+        prompt_cleaning: wan (see ``models.text.clean_wan``) or none; for prompts and negative prompts alike.
+        defaults: what a call samples with where it does not say: height, width, num_frames, num_inference_steps,
+            guidance_scale; Wan's where the model says nothing either.
+
+    The last three are stored with the model, in model_index.json.
+
+    Attributes:
+        decode_modes: ways the VAE may decode, best first; see ``models.video_vae.decode``.
+        decode_mode: the way the last call took.
+        offload: names of components that go back to the CPU when their work is done.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(
+        self,
+        transformer: OSPNextTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: Scheduler,
+        negative_prompt: str = WAN_NEGATIVE_PROMPT,
+        prompt_cleaning: str = "wan",
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if prompt_cleaning not in _CLEANING:
+            raise ValueError(f"prompt_cleaning {prompt_cleaning!r} is not known: use {' or '.join(_CLEANING)}")
+        self.register_modules(
+            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+        )
+        self.register_to_config(
+            negative_prompt=negative_prompt, prompt_cleaning=prompt_cleaning, defaults=dict(defaults or {})
+        )
+        self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
+        self.decode_modes: Sequence[DecodeMode] = DECODE_MODES
+        self.decode_mode: DecodeMode | None = None
+        self.offload: frozenset[str] = frozenset()
+        self._device: torch.device | None = None
+        self._guidance_scale = 0.0
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    # ── what the model brings ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Sizes, steps, guidance, shift and sampler of a call that says nothing, by field name of ``Sampling``."""
+        stored = {name: value for name, value in (self.config.defaults or {}).items() if name in WAN_SAMPLING._fields}
+        chosen = {"shift": sampler_shift(self.scheduler), "sampler": sampler_name(self.scheduler)}
+        return WAN_SAMPLING._asdict() | stored | chosen
+
+    def set_sampler(self, sampler: str, shift: float) -> None:
+        """Sample with euler or unipc from now on, with this shift of the noise levels."""
+        self.register_modules(scheduler=make_scheduler(sampler, shift))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the pipeline as a diffusers folder that `from_pretrained` reads back exactly.
+
+        Raises:
+            ValueError: the transformer carries adapters, whose keys a plain folder cannot hold.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError("the transformer carries a LoRA adapter: merge or unload it before saving the pipeline")
+        super().save_pretrained(str(save_directory), **kwargs)
+
+    # ── where components are ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self._device or self.transformer.device
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Hold every component on the CPU but for the one at work: the least device memory, at some time per call.
+
+        Args:
+            gpu_id: index of the accelerator.
+            device: the accelerator; default: the one torch finds.
+        """
+        found = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self._device = torch.device(device) if device is not None else torch.device(found.type, gpu_id)
+        self.offload = frozenset(("transformer", "vae", "text_encoder"))
+        self.to("cpu")
+
+    @contextmanager
+    def _at_work(self, name: str) -> Iterator[nn.Module]:
+        """The component on the execution device, and back on the CPU afterwards if it is one to be offloaded."""
+        module = getattr(self, name)
+        if module.device != self._execution_device:
+            module.to(self._execution_device)
+        try:
+            yield module
+        finally:
+            if name in self.offload and self._execution_device.type != "cpu":
+                module.to("cpu")
+                torch.accelerator.empty_cache()
+
+    # ── text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> Tensor:
+        """Clean and encode prompts: [B, L, text_dim] on the execution device, L the transformer's ``text_len``."""
+        clean = [_CLEANING[self.config.prompt_cleaning](text) for text in prompts]
+        length = max_sequence_length or self.transformer.config.text_len
+        with self._at_work("text_encoder") as encoder:
+            return encode_prompts(self.tokenizer, encoder, clean, length, self._execution_device)
+
+    def _encode(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+        embeds: _Text,
+        max_sequence_length: int | None,
+    ) -> _Text:
+        """Embeddings of a call, one row per prompt; what is given in ``embeds`` is taken as it is.
+
+        Raises:
+            ValueError: prompts and embeddings are both given or both missing, or their numbers differ.
+        """
+        if (prompt is None) == (embeds.cond is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        if negative_prompt is not None and embeds.uncond is not None:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds")
+        prompts = _as_list(prompt)
+        rows = len(prompts) if embeds.cond is None else len(embeds.cond)
+        if rows == 0:
+            raise ValueError("prompt is an empty list: give at least one")
+        negatives: list[str] = []
+        if self._guidance_scale > 1 and embeds.uncond is None:
+            negatives = _as_list(self.config.negative_prompt if negative_prompt is None else negative_prompt)
+            if len(negatives) not in (1, rows):
+                raise ValueError(f"{len(negatives)} negative prompts for {rows} prompts: give one, or one each")
+        cond, uncond = embeds.cond, embeds.uncond
+        if prompts or negatives:
+            length = max_sequence_length if cond is None else cond.shape[1]
+            encoded = self.encode_prompt([*prompts, *negatives], length)  # together: the encoder moves only once
+            cond = encoded[: len(prompts)] if prompts else cond
+            uncond = encoded[len(prompts) :].expand(rows, -1, -1) if negatives else uncond
+        device = self._execution_device
+        return _Text(cond.to(device), None if self._guidance_scale <= 1 or uncond is None else uncond.to(device))
+
+    # ── latents ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def size_step(self) -> SizeStep:
+        """What sizes of video this model makes."""
+        return size_step(self.vae.config, self.transformer.config)
+
+    def prepare_latents(
+        self, batch: int, size: VideoSize, generator: Generators = None, latents: Tensor | None = None
+    ) -> Tensor:
+        """The initial noise, float32 [B, C, t, h, w] on the execution device.
+
+        It is drawn on the generator's device, the CPU by default: then a seed means the same video on every device.
+        With a list of generators, one a video, a video does not depend on the others of its batch.
+
+        Raises:
+            ValueError: the number of generators or the shape of ``latents`` does not fit.
+        """
+        config = self.vae.config
+        shape = (
+            self.transformer.config.in_dim,
+            (size.num_frames - 1) // config.scale_factor_temporal + 1,
+            size.height // config.scale_factor_spatial,
+            size.width // config.scale_factor_spatial,
+        )
+        if latents is not None:
+            if latents.shape != (batch, *shape):
+                raise ValueError(f"latents are {list(latents.shape)}, but this call needs {[batch, *shape]}")
+            return latents.to(self._execution_device, torch.float32)
+        if generator is None or isinstance(generator, torch.Generator):
+            return _noise((batch, *shape), generator).to(self._execution_device)
+        if len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one each")
+        return torch.stack([_noise(shape, one).to(self._execution_device) for one in generator])
+
+    def decode(self, latents: Tensor, output_type: str = "np") -> Any:
+        """Videos from normalised latents, in the form of ``output_type``; see `__call__`."""
+        with self._at_work("vae") as vae:
+            decoded = decode(vae, latents, self.decode_modes)
+        self.decode_mode = decoded.mode
+        return self.video_processor.postprocess_video(decoded.video, output_type=output_type)
+
+    # ── the call ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running call; a callback may change ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the running call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``_interrupt`` to end the denoising early."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        guidance_mode: GuidanceMode = "batched",
+    ) -> WanPipelineOutput | tuple[Any]:
+        """Make videos. None stands for the model's own value (``defaults``, ``negative_prompt``, ``text_len``).
+
+        Args:
+            prompt, negative_prompt: one or a list; an empty negative prompt is honoured.
+            height, width, num_frames: rounded to what the model can make, with a warning.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance; off at 1 and below.
+            num_videos_per_prompt: videos of each prompt, next to each other in the result.
+            generator: one for all videos, or one each.
+            latents: initial noise in place of the generator's, [B, C, t, h, w].
+            prompt_embeds, negative_prompt_embeds: [prompts, L, text_dim] in place of text.
+            output_type: np float [B, T, H, W, 3] in 0..1, pt [B, T, 3, H, W], pil, or latent (normalised, float32).
+            return_dict: an output with ``frames`` if true, else a tuple.
+            callback_on_step_end: called as (pipe, step, timestep, tensors) and may return changed tensors.
+            callback_on_step_end_tensor_inputs: which of latents, prompt_embeds, negative_prompt_embeds it is given.
+            max_sequence_length: text tokens.
+            guidance_mode: both guidance passes batched, or sequential in less memory.
+
+        Raises:
+            ValueError: arguments that do not go together, or a size that cannot be made.
+        """
+        defaults = self.sampling_defaults
+        asked = (num_frames or defaults["num_frames"], height or defaults["height"], width or defaults["width"])
+        size = fit_size(VideoSize(*asked), self.size_step)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check(output_type, num_videos_per_prompt, callback_on_step_end_tensor_inputs)
+        self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        self._num_timesteps = num_inference_steps or defaults["num_inference_steps"]
+        self._interrupt = False
+
+        text = self._encode(
+            prompt, negative_prompt, _Text(prompt_embeds, negative_prompt_embeds), max_sequence_length
+        ).repeated(num_videos_per_prompt)
+        x = self.prepare_latents(len(text.cond), size, generator, latents)
+        x = self._denoise(x, text, guidance_mode, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        frames = x if output_type == "latent" else self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _check(self, output_type: str, num_videos_per_prompt: int, tensor_inputs: Sequence[str]) -> None:
+        """Raise ValueError on arguments no call can have."""
+        if output_type not in _OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is not known: use one of {', '.join(_OUTPUT_TYPES)}")
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}: it must be at least 1")
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not known: use some of "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
+
+    def _denoise(
+        self, x: Tensor, text: _Text, mode: GuidanceMode, on_step_end: OnStepEnd | None, tensor_inputs: Sequence[str]
+    ) -> Tensor:
+        """From noise to latents, with diffusers' callback after every step."""
+        with self._at_work("transformer") as transformer, self.progress_bar(total=self._num_timesteps) as bar:
+
+            def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+                return transformer(x, t, condition, return_dict=False)[0]
+
+            def velocity(x: Tensor, t: Tensor) -> Tensor:
+                # Put together at every step: a callback may change the embeddings and the scale.
+                return guided(model, text.cond, text.uncond, self._guidance_scale, mode)(x, t)
+
+            def callback(step: int, timestep: Tensor, x: Tensor) -> Tensor:
+                bar.update()
+                if on_step_end is not None:
+                    tensors = {"latents": x, "prompt_embeds": text.cond, "negative_prompt_embeds": text.uncond}
+                    changed = on_step_end(self, step, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+                    x, text.cond, text.uncond = (changed.get(name, tensor) for name, tensor in tensors.items())
+                if self._interrupt:
+                    raise StopSampling(x)
+                return x
+
+            _, patch_h, patch_w = self.transformer.config.patch_size
+            frame_tokens = x.shape[-2] * x.shape[-1] // (patch_h * patch_w)
+            sampler = make_sampler(self.scheduler, self._num_timesteps, frame_tokens, x.device)
+            return denoise(velocity, x, sampler.sigmas, sampler.step, callback, sampler.timesteps)
+
+
+def size_step(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> SizeStep:
+    """What sizes of video components with these configs make."""
+    patch_t, patch_h, patch_w = transformer["patch_size"]
+    scale = vae["scale_factor_spatial"]
+    return SizeStep(vae["scale_factor_temporal"] * patch_t, scale * patch_h, scale * patch_w)
+
+
+def _as_list(text: str | Sequence[str] | None) -> list[str]:
+    if text is None:
+        return []
+    return [text] if isinstance(text, str) else list(text)
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Standard normal float32, drawn where the generator lives."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)

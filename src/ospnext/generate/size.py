@@ -1,0 +1,54 @@
+"""Which sizes of video a model can make, and the nearest one to what is asked for."""
+
+import logging
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+class VideoSize(NamedTuple):
+    """A clip: frames, and pixels of a frame."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+class SizeStep(NamedTuple):
+    """A model makes 1 + k · ``frames`` frames of multiples of ``height`` and ``width`` pixels (Wan: 4, 16, 16)."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def fit_size(size: VideoSize, step: SizeStep) -> VideoSize:
+    """The size nearest to ``size`` that the model can make; another one than asked for is said in a warning.
+
+    Raises:
+        ValueError: nothing near can be made: no frame, or sides of less than half a step.
+    """
+    fitted = VideoSize(
+        1 + step.frames * _nearest(size.num_frames - 1, step.frames),
+        step.height * _nearest(size.height, step.height),
+        step.width * _nearest(size.width, step.width),
+    )
+    if size.num_frames < 1 or fitted.height < 1 or fitted.width < 1:
+        raise ValueError(
+            f"num_frames {size.num_frames}, height {size.height}, width {size.width} cannot be made: the least is 1 "
+            f"frame of {step.height} by {step.width}"
+        )
+    if fitted != size:
+        logger.warning(
+            "%d frames of height %d and width %d become %d of %d and %d: this model makes %dk + 1 frames, in steps of "
+            "%d and %d pixels",
+            *size,
+            *fitted,
+            *step,
+        )
+    return fitted
+
+
+def _nearest(value: int, step: int) -> int:
+    """How many steps come nearest to ``value``; halves go up."""
+    return (2 * value + step) // (2 * step)
