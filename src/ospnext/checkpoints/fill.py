@@ -1,0 +1,117 @@
+"""Fill a model that was built without memory (on meta) from weight files: strictly, tensor by tensor."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from torch import nn
+
+from ospnext.checkpoints.formats import NameMap
+from ospnext.checkpoints.memory import require_memory
+from ospnext.checkpoints.read import CheckpointError, Weights, list_names
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is loaded, bytes done and bytes in all."""
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    name_of: NameMap,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    progress: ProgressCallback | None = None,
+    keep_fp32: Collection[str] = (),
+    ignore: Collection[str] = (),
+) -> None:
+    """Give every parameter and buffer of ``model`` its tensor on ``device``, one file after the other.
+
+    Args:
+        model: on meta; its names are mapped by ``name_of`` to those in the files.
+        weights: must hold exactly these names with these shapes.
+        name_of: map from the model's names to the files'.
+        dtype: of all floating point, or None to keep the files'.
+        device: where the tensors go.
+        progress: told about every tensor.
+        keep_fp32: modules (last name of their path) that stay float32 where ``dtype`` is float16.
+        ignore: tensors of the files that are not read.
+
+    Raises:
+        CheckpointError: names or shapes differ; lists them.
+        OutOfMemoryError: it does not fit on the device.
+    """
+    targets = match_names(model, weights, name_of, ignore)
+    label = type(model).__name__
+    total = weights.nbytes(dtype)
+    require_memory(total, device, f"{label} from {weights.source}")
+    done = 0
+    for file in weights.files:
+        state = {}
+        with file.opened() as read:
+            for name in [name for name in file.tensors if name in targets]:
+                target = targets[name]
+                stays = dtype == torch.float16 and target.split(".")[-2] in keep_fp32
+                info = file.tensors[name].cast(torch.float32 if stays else dtype)
+                state[target] = read(name).to(device, info.dtype, copy=True)  # a copy, never a view of the file
+                done += info.nbytes
+                if progress is not None:
+                    progress(label, done, total)
+        model.load_state_dict(state, strict=False, assign=True)  # the names were checked above, all at once
+
+
+def match_names(model: nn.Module, weights: Weights, name_of: NameMap, ignore: Collection[str] = ()) -> dict[str, str]:
+    """The model's name of every tensor in the files.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshaped tensors, under the names in the files.
+    """
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    expected = {name_of(name): (name, tuple(t.shape)) for name, t in model.state_dict().items() if name not in tied}
+    check_names(type(model).__name__, {name: shape for name, (_, shape) in expected.items()}, weights, ignore)
+    return {name: target for name, (target, _) in expected.items()}
+
+
+def check_names(
+    what: str, expected: Mapping[str, tuple[int, ...]], weights: Weights, ignore: Collection[str] = ()
+) -> None:
+    """Compare what a model expects (shape by name in the file) with what the files hold.
+
+    Raises:
+        CheckpointError: they differ; lists the names, ten of each kind and how many more.
+    """
+    shapes = weights.shapes
+    missing = sorted(expected.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - expected.keys() - set(ignore))
+    misshaped = [
+        f"{name} {list(shapes[name])} for {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+    problems = [f"{len(names)} {kind}: {list_names(names)}" for kind, names in kinds if names]
+    if problems:
+        raise CheckpointError(f"{weights.source}: not the weights of this {what}; {'; '.join(problems)}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressCallback]:
+    """A bar on the terminal, in bytes, for every model that is loaded inside the block."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(f"loading {label}")
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield show
