@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
 from ospnext import OSPNextModel, OSPNextTransformer3DModel
-from ospnext.models.transformer import TransformerBlock, sinusoid
+from ospnext.models.transformer import sinusoid
 from ospnext.ops.attention import masked_dense_attention
 from ospnext.ops.layout import Layout, segment_ids
 
@@ -391,11 +391,6 @@ def test_blocks_compile_once_a_layout(fresh_compiler: None) -> None:
         assert len(graphs) == 2  # dense and sparse
         model(*inputs((1, 16, 16)))
     assert len(graphs) == 2
-
-
-def test_repeated_blocks_are_named() -> None:
-    assert OSPNextTransformer3DModel._repeated_blocks == (TransformerBlock.__name__,)
-    assert OSPNextTransformer3DModel._no_split_modules == (TransformerBlock.__name__,)
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:

@@ -179,7 +179,8 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"dim {dim} must be num_heads ({num_heads}) times an even head size")
         self.layouts = block_layouts(num_layers, skiparse_model_type, sparse_ratio, num_full_blocks, skiparse_pattern)
         self.switch = Switch()
-        patch = tuple(patch_size)
+        frames, rows, columns = patch_size  # a list where the config was read from JSON
+        patch = (frames, rows, columns)
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -197,31 +198,33 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm | LayerNorm) and module.elementwise_affine:
                 module.reset_parameters()
             elif isinstance(module, TransformerBlock | Head):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
-        for embedding in (self.text_embedding, self.time_embedding):
-            nn.init.normal_(embedding[0].weight, std=0.02)
-            nn.init.normal_(embedding[2].weight, std=0.02)
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     @property
     def attention_kernel(self) -> str:
         """Name of the attention kernel asked for; ``ops.attention.describe_kernel`` says what it means here."""
-        return self.blocks[0].self_attn.attend.kernel
+        return next(module.attend.kernel for module in self.modules() if isinstance(module, Attention))
 
     def set_attention_kernel(self, name: str) -> None:
         """Choose the attention kernel of every block by a name of ``ops.attention.KERNEL_NAMES``."""
         check_kernel(name)
-        for block in self.blocks:
-            block.self_attn.attend.kernel = block.cross_attn.attend.kernel = name
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend.kernel = name
 
     def embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps ``[B]`` in 0..1000 to float32 ``[B, dim]`` for the head and ``[B, 6, dim]`` for the blocks."""
         # In the weights' dtype, not float32: what the published sparse weights were trained with.
-        dtype = self.time_embedding[0].weight.dtype
+        dtype = next(self.time_embedding.parameters()).dtype
         embedding = self.time_embedding(sinusoid(timestep, self.config.freq_dim).to(dtype))
         return embedding.float(), self.time_projection(embedding).unflatten(1, (6, -1)).float()
 

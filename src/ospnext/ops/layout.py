@@ -80,7 +80,7 @@ def segment_ids(grid: Grid, layout: Layout, ratio: int) -> torch.Tensor:
 class Order(NamedTuple):
     """One layout of one grid: where each token stands, and how long the segments are."""
 
-    index: torch.Tensor  # int64 [N]: row-major index of the token at each place
+    permutation: torch.Tensor  # int64 [N]: row-major index of the token at each place
     segments: tuple[int, ...]  # lengths, longest first; they add up to N
 
 
@@ -152,17 +152,17 @@ class Switch:
 @torch.inference_mode(False)
 def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device) -> Plan:
     orders = {layout: order(grid, layout, ratio) for layout in dict.fromkeys(layouts)}
-    places = {layout: torch.argsort(o.index) for layout, o in orders.items()}
+    places = {layout: torch.argsort(o.permutation) for layout, o in orders.items()}
 
     def on_device(index: torch.Tensor) -> torch.Tensor | None:
         return None if torch.equal(index, torch.arange(len(index))) else index.to(device)
 
     return Plan(
         grid,
-        {a: on_device(o.index) for a, o in orders.items()},
+        {a: on_device(o.permutation) for a, o in orders.items()},
         {a: on_device(place) for a, place in places.items()},
         # The token at place i of b is the row-major token orders[b][i], which stands at places[a][...] in a.
-        {(a, b): on_device(places[a][o.index]) for a in orders for b, o in orders.items()},
+        {(a, b): on_device(places[a][o.permutation]) for a in orders for b, o in orders.items()},
         {a: o.segments for a, o in orders.items()},
     )
 
