@@ -16,26 +16,30 @@ class ModelConfig(Config):
     None means: what the checkpoint folder says, else the default of ``OSPNextTransformer3DModel``.
     """
 
-    pretrained_model_dir_or_checkpoint: str | None = Field(None, description="weights: a folder or a single file")
-    patch_size: tuple[int, int, int] | None = Field(None, description="latent patch (t, h, w) of one token")
-    text_len: int | None = Field(None, ge=1, description="text tokens the transformer reads")
-    in_dim: int | None = Field(None, ge=1, description="latent channels in")
-    out_dim: int | None = Field(None, ge=1, description="latent channels out")
-    dim: int | None = Field(None, ge=1, description="width of the hidden states")
-    ffn_dim: int | None = Field(None, ge=1, description="width inside the feed-forward layers")
-    freq_dim: int | None = Field(None, ge=1, description="width of the sinusoidal time embedding")
-    text_dim: int | None = Field(None, ge=1, description="width of the text embeddings")
-    num_heads: int | None = Field(None, ge=1, description="attention heads")
-    num_layers: int | None = Field(None, ge=1, description="transformer blocks")
-    qk_norm: bool | None = Field(None, description="normalise queries and keys")
-    cross_attn_norm: bool | None = Field(None, description="normalise before cross-attention")
-    eps: float | None = Field(None, gt=0, description="epsilon of the norms")
-    skiparse_model_type: Literal["full", "dual_end", "uniform"] | None = Field(
-        None, description="which blocks are sparse: none, all but both ends, or evenly spread"
+    pretrained_model_dir_or_checkpoint: str | None = Field(
+        default=None, description="weights: a folder or a single file"
     )
-    sparse_ratio: int | None = Field(None, ge=1, description="P: a sparse block has P*P segments")
-    num_full_blocks: int | None = Field(None, ge=0, description="dense blocks among num_layers")
-    skiparse_pattern: Literal["2d", "1d"] | None = Field(None, description="the sparse pattern: 2d, or 1d to compare")
+    patch_size: tuple[int, int, int] | None = Field(default=None, description="latent patch (t, h, w) of one token")
+    text_len: int | None = Field(default=None, ge=1, description="text tokens the transformer reads")
+    in_dim: int | None = Field(default=None, ge=1, description="latent channels in")
+    out_dim: int | None = Field(default=None, ge=1, description="latent channels out")
+    dim: int | None = Field(default=None, ge=1, description="width of the hidden states")
+    ffn_dim: int | None = Field(default=None, ge=1, description="width inside the feed-forward layers")
+    freq_dim: int | None = Field(default=None, ge=1, description="width of the sinusoidal time embedding")
+    text_dim: int | None = Field(default=None, ge=1, description="width of the text embeddings")
+    num_heads: int | None = Field(default=None, ge=1, description="attention heads")
+    num_layers: int | None = Field(default=None, ge=1, description="transformer blocks")
+    qk_norm: bool | None = Field(default=None, description="normalise queries and keys")
+    cross_attn_norm: bool | None = Field(default=None, description="normalise before cross-attention")
+    eps: float | None = Field(default=None, gt=0, description="epsilon of the norms")
+    skiparse_model_type: Literal["full", "dual_end", "uniform"] | None = Field(
+        default=None, description="which blocks are sparse: none, all but both ends, or evenly spread"
+    )
+    sparse_ratio: int | None = Field(default=None, ge=1, description="P: a sparse block has P*P segments")
+    num_full_blocks: int | None = Field(default=None, ge=0, description="dense blocks among num_layers")
+    skiparse_pattern: Literal["2d", "1d"] | None = Field(
+        default=None, description="the sparse pattern: 2d, or 1d to compare"
+    )
 
     def architecture(self) -> dict[str, Any]:
         """The architecture keys that were given, for the transformer's constructor or to compare with its config."""
@@ -45,67 +49,76 @@ class ModelConfig(Config):
 class VAEConfig(Config):
     """The video autoencoder."""
 
-    vae_path: str | None = Field(None, description="weights: Wan2.1_VAE.pth or a diffusers folder")
-    dtype: DType = Field("fp32", description="numbers of the autoencoder")
+    vae_path: str | None = Field(default=None, description="weights: Wan2.1_VAE.pth or a diffusers folder")
+    dtype: DType = Field(default="fp32", description="numbers of the autoencoder")
 
 
 class TextEncoderConfig(Config):
     """The text encoder and its tokenizer."""
 
-    text_len: int | None = Field(None, ge=1, description="text tokens; default: the transformer's (512 for Wan)")
-    checkpoint_path: str | None = Field(None, description="weights: models_t5_umt5-xxl-enc-bf16.pth or a folder")
-    text_tokenizer_path: str | None = Field(None, description="tokenizer folder, such as google/umt5-xxl/")
-    dtype: DType | None = Field(None, description="numbers of the text encoder; default: weight_dtype")
+    text_len: int | None = Field(
+        default=None, ge=1, description="text tokens; default: the transformer's (512 for Wan)"
+    )
+    checkpoint_path: str | None = Field(
+        default=None, description="weights: models_t5_umt5-xxl-enc-bf16.pth or a folder"
+    )
+    text_tokenizer_path: str | None = Field(default=None, description="tokenizer folder, such as google/umt5-xxl/")
+    dtype: DType | None = Field(default=None, description="numbers of the text encoder; default: weight_dtype")
 
 
 class SchedulerConfig(Config):
     """What all flow-matching schedules share."""
 
-    scheduler_name: Literal["flow_matching"] = Field("flow_matching", description="the one schedule there is")
+    scheduler_name: Literal["flow_matching"] = Field(default="flow_matching", description="the one schedule there is")
 
 
 class ParallelConfig(Config):
     """How many processes share the work; in one process every size is 1."""
 
-    fsdp_size: int = Field(8, ge=1, description="ranks that share one copy of the weights; at most all")
-    ddp_size: int | None = Field(None, ge=1, description="copies of the weights; default: the rest of the ranks")
-    sp_size: int = Field(1, ge=1, description="Ulysses ranks per sequence, with use_sequence_parallel")
-    skiparse_sp_size: int = Field(1, ge=1, description="sparse ranks per sequence, with use_skiparse_sequence_parallel")
-    use_sequence_parallel: bool = Field(False, description="split sequences over sp_size ranks")
-    use_skiparse_sequence_parallel: bool = Field(False, description="split sequences over skiparse_sp_size ranks")
+    fsdp_size: int = Field(default=8, ge=1, description="ranks that share one copy of the weights; at most all")
+    ddp_size: int | None = Field(
+        default=None, ge=1, description="copies of the weights; default: the rest of the ranks"
+    )
+    sp_size: int = Field(default=1, ge=1, description="Ulysses ranks per sequence, with use_sequence_parallel")
+    skiparse_sp_size: int = Field(
+        default=1, ge=1, description="sparse ranks per sequence, with use_skiparse_sequence_parallel"
+    )
+    use_sequence_parallel: bool = Field(default=False, description="split sequences over sp_size ranks")
+    use_skiparse_sequence_parallel: bool = Field(
+        default=False, description="split sequences over skiparse_sp_size ranks"
+    )
 
 
 class RunConfig(ParallelConfig):
     """Base of every command that loads the model."""
 
-    model_name: Literal["osp_next", "wan_t2v"] = Field("osp_next", description="wan_t2v: the same model, all dense")
-    model: str | None = Field(None, description="a diffusers-style pipeline folder, or 'shapes': the embedded one")
-    transformer_config: ModelConfig = Field(ModelConfig(), alias="model_config")
+    model_name: Literal["osp_next", "wan_t2v"] = Field(
+        default="osp_next", description="wan_t2v: the same model, all dense"
+    )
+    transformer_config: ModelConfig = Field(default=ModelConfig(), alias="model_config")
     vae_config: VAEConfig = VAEConfig()
     text_encoder_config: TextEncoderConfig = TextEncoderConfig()
-    seed: int = Field(42, ge=0, lt=2**63, description="seed of all random numbers")
-    output_dir: str = Field("./output", min_length=1, description="where results go")
-    weight_dtype: DType = Field("bf16", description="numbers of the transformer")
-    device: str = Field("auto", description="auto | cpu | cuda | npu | mps, or one of several as cuda:1")
-    attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")
-    encoder_cpu_offload: bool = Field(False, description="keep text encoder and autoencoder off the device when idle")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of all random numbers")
+    output_dir: str = Field(default="./output", min_length=1, description="where results go")
+    weight_dtype: DType = Field(default="bf16", description="numbers of the transformer")
+    device: str = Field(default="auto", description="auto | cpu | cuda | npu | mps, or one of several as cuda:1")
+    attention_kernel: AttentionKernel = Field(default="auto", description="auto picks the fastest that runs here")
 
     def architecture(self) -> dict[str, Any]:
         """The architecture keys this configuration asks for; the rest is the checkpoint's or the model's default."""
         given = self.transformer_config.architecture()
+        if self.text_encoder_config.text_len is not None:
+            given["text_len"] = self.text_encoder_config.text_len
         return given | {"skiparse_model_type": "full"} if self.model_name == "wan_t2v" else given
 
     @model_validator(mode="after")
-    def _one_model(self) -> Self:
-        weights = self.transformer_config.pretrained_model_dir_or_checkpoint
-        if self.model is not None and weights is not None:
-            raise ValueError(
-                f"model ({self.model}) and model_config.pretrained_model_dir_or_checkpoint ({weights}) both name "
-                "weights: keep one"
-            )
+    def _no_contradiction(self) -> Self:
         kind = self.transformer_config.skiparse_model_type
         if self.model_name == "wan_t2v" and kind not in (None, "full"):
             raise ValueError(f"model_name wan_t2v is dense, but model_config.skiparse_model_type is {kind!r}: keep one")
+        read, encoded = self.transformer_config.text_len, self.text_encoder_config.text_len
+        if None not in (read, encoded) and read != encoded:
+            raise ValueError(f"model_config.text_len is {read}, but text_encoder_config.text_len is {encoded}")
         return self
 
     def fitted(self, world_size: int) -> Self:

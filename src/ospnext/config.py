@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from pydantic.fields import FieldInfo
 
 PLACEHOLDER = "/path/to"
+NEAR = 0.6  # likeness from which an unknown key is taken for a misspelling
+MOST_ERRORS = 5  # wrong keys named in one line
 
 
 class ConfigError(ValueError):
@@ -81,7 +83,7 @@ class KeyRule(NamedTuple):
 def load_config(
     cls: type[C],
     path: str | Path | None = None,
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | tuple[str, Any]] = (),
     rules: Mapping[str, KeyRule] | None = None,
 ) -> C:
     """A ``cls`` from a YAML file and ``a.b=c`` overrides, both optional; overrides win.
@@ -89,7 +91,8 @@ def load_config(
     Args:
         cls: the configuration class of the command.
         path: the YAML file; None for defaults and overrides only.
-        overrides: ``a.b=c``, the value read as a YAML scalar, or as a YAML list or quoted string.
+        overrides: ``a.b=c``, the value read as a YAML scalar, or as a YAML list or quoted string; or a dotted key
+            with its value as it is.
         rules: fates of keys that are not fields of ``cls``, by dotted key.
 
     Raises:
@@ -98,14 +101,17 @@ def load_config(
     """
     data = read_yaml(path) if path is not None else {}
     for override in overrides:
-        key, value = parse_override(override)
+        key, value = parse_override(override) if isinstance(override, str) else override
         _put(data, key, value)
-    settled, notices = _settle(cls, data, rules or {})
+    settled = _settle(cls, data, rules or {})
+    if settled.errors:
+        more = len(settled.errors) - MOST_ERRORS
+        raise ConfigError("; ".join(settled.errors[:MOST_ERRORS]) + (f"; and {more} more" if more > 0 else ""))
     try:
-        config = cls.model_validate(settled)
+        config = cls.model_validate(settled.data)
     except ValidationError as error:
-        raise ConfigError(describe_errors(error)) from error
-    return config.with_notices(notices)
+        raise ConfigError(describe_errors(cls, error)) from error
+    return config.with_notices(settled.notices)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -179,64 +185,70 @@ def refuse_placeholders(config: Config) -> None:
         raise ConfigError(f"placeholders are left in the config; give real paths for {', '.join(left)}")
 
 
-def describe_errors(error: ValidationError) -> str:
+def describe_errors(cls: type[Config], error: ValidationError) -> str:
     """A pydantic error in one line: each key, what it holds, and what it should hold."""
-    parts = []
+    known = {key for key, _ in config_keys(cls)}
+    messages: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(item["input"], Mapping | BaseModel) else f" is {item['input']!r}"
-        parts.append(f"{key}{shown}: {message}" if key else message)
-    return "; ".join(dict.fromkeys(parts))
+        path = [str(part) for part in item["loc"]]
+        key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
+        shown = "" if not key or isinstance(item["input"], Mapping | BaseModel) else f" is {item['input']!r}, but"
+        wanted = item["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("tuple", "list")
+        quotes = " (in quotes)" if item["type"] == "string_type" and isinstance(item["input"], int | float) else ""
+        messages.setdefault(f"{key}{shown}", []).append(wanted + quotes)
+    return "; ".join(f"{what} {' or '.join(dict.fromkeys(wanted))}".strip() for what, wanted in messages.items())
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:
-    """The known dotted key most like ``key``: the same last name elsewhere first, then the closest spelling."""
-    keys = list(known)
-    name = key.rpartition(".")[2]
-    for candidate in keys:
-        if candidate.rpartition(".")[2] == name:
-            return candidate
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    by_name = {candidate.rpartition(".")[2]: candidate for candidate in reversed(keys)}
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
-    return by_name[close[0]] if close else None
+    """The known dotted key most like ``key``: by its last name first, then by its section; None if nothing is near."""
+    section, _, name = key.rpartition(".")
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        other_section, _, other = candidate.rpartition(".")
+        same_name = difflib.SequenceMatcher(None, name, other).ratio()
+        return same_name + 0.1 * (section == other_section), difflib.SequenceMatcher(None, key, candidate).ratio()
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= NEAR else None
 
 
-def _settle(
-    cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyRule]
-) -> tuple[dict[str, Any], list[str]]:
-    """Split what ``cls`` knows from what ``rules`` settle; refuse the rest. Returns the data and the notices."""
+class _Settled(NamedTuple):
+    """What ``cls`` is made of, what to say about the rest, and what is wrong."""
+
+    data: dict[str, Any]
+    notices: list[str]
+    errors: list[str]
+
+
+def _settle(cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> _Settled:
+    """Sort every key: a field of ``cls``, settled by ``rules``, or an error."""
     known = [key for key, _ in config_keys(cls)]
-    settled: dict[str, Any] = {}
-    notices: list[str] = []
-    errors: list[str] = []
-    moved: list[tuple[str, str, Any]] = []
-    for key, value in _leaves(data, stop=set(known) | set(rules)):
+    result = _Settled({}, [], [])
+    moved: dict[str, Any] = {}
+    for key, value in _leaves(data, stop={*known, *rules}):
         rule = rules.get(key)
         if key in known:
-            _put(settled, key, value)
-        elif value is None and any(name.startswith(key + ".") for name in known):
-            continue  # a section that is named but empty
-        elif rule is None:
+            _put(result.data, key, value)
+        elif any(name.startswith(f"{key}.") for name in [*known, *rules]):
+            if value is not None:  # a section that is named but left empty is nothing
+                result.errors.append(f"{key!r} is a section, but holds {value!r}: give its keys")
+        elif rule is None or (rule.fate is Fate.MAPPED and not rule.target):
             near = nearest_key(key, [*known, *(name for name, other in rules.items() if other.fate is Fate.MAPPED)])
-            errors.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
+            result.errors.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
         elif rule.fate is Fate.RENAMED:
-            errors.append(f"key {key!r} is not read: use {rule.target}")
+            result.errors.append(f"key {key!r} is not read: use {rule.target}")
         elif rule.fate is Fate.NO_EFFECT:
-            notices.append(f"{key} has no effect here: {rule.why}")
+            result.notices.append(f"{key} has no effect here: {rule.why}")
         else:
-            moved.append((key, rule.target, value))
-    for key, target, value in moved:
-        present = dict(_leaves(settled)).get(target, value)
-        if present != value:
-            errors.append(f"{key!r} is {value!r} but {target!r}, which means the same, is {present!r}: keep one")
-        _put(settled, target, value)
-    if errors:
-        raise ConfigError("; ".join(errors))
-    return settled, notices
+            moved[key] = value
+    for key, value in moved.items():
+        target = rules[key].target
+        present = dict(_leaves(result.data)).get(target, value)
+        if present == value:
+            _put(result.data, target, value)
+        else:
+            result.errors.append(f"{key!r} is {value!r}, but {target!r}, which means the same, is {present!r}")
+    return result
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "", stop: set[str] | None = None) -> Iterator[tuple[str, Any]]:

@@ -13,11 +13,15 @@ from ospnext.config import ConfigError
 class SamplerConfig(SchedulerConfig):
     """The sampling schedule; None means the model's own value."""
 
-    num_inference_steps: int | None = Field(None, ge=1, description="denoising steps; default: the model's (Wan: 50)")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="classifier-free guidance, off at 1 and below; default: the model's (Wan: 0)"
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, description="denoising steps; default: the model's (Wan: 50)"
     )
-    shift: float | None = Field(None, gt=0, description="shift of the noise levels; default: the model's (Wan: 1)")
+    guidance_scale: float | None = Field(
+        default=None, ge=0, description="classifier-free guidance, off at 1 and below; default: the model's (Wan: 0)"
+    )
+    shift: float | None = Field(
+        default=None, gt=0, description="shift of the noise levels; default: the model's (Wan: 1)"
+    )
 
 
 class Sampling(NamedTuple):
@@ -39,32 +43,49 @@ class GenerateConfig(RunConfig):
     """``ospnext generate``: prompts to videos."""
 
     model: str | None = Field(
-        None, description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights"
+        default=None,
+        description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights",
     )
-    prompt: str | tuple[str, ...] | None = Field(None, description="one prompt, or a list of prompts")
+    prompt: str | tuple[str, ...] | None = Field(default=None, description="one prompt, or a list of prompts")
+    prompts: str | None = Field(default=None, description="a file with a prompt per line")
     prompt_txt: str | None = Field(
-        None, description="a file with a prompt per line (ends in .txt, or exists), else a prompt"
+        default=None, description="a file with a prompt per line (ends in .txt, or exists), else a prompt"
     )
-    negative_prompt: str | None = Field(None, description="what to avoid; default: the model's own")
-    num_videos_per_prompt: int = Field(1, ge=1, description="videos of each prompt, each with its own seed")
-    batch_size: int = Field(1, ge=1, description="videos that are denoised together")
-    num_frames: int | None = Field(None, ge=1, description="frames, 4k+1; default: the model's (Wan: 49)")
-    height: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 480)")
-    width: int | None = Field(None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 832)")
-    save_fps: float = Field(16, gt=0, description="frames per second of the files")
+    negative_prompt: str | None = Field(default=None, description="what to avoid; default: the model's own")
+    num_videos_per_prompt: int = Field(default=1, ge=1, description="videos of each prompt, each with its own seed")
+    batch_size: int = Field(default=1, ge=1, description="videos that are denoised together")
+    num_frames: int | None = Field(default=None, ge=1, description="frames, 4k+1; default: the model's (Wan: 49)")
+    height: int | None = Field(
+        default=None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 480)"
+    )
+    width: int | None = Field(
+        default=None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 832)"
+    )
+    save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
-    sampler: Literal["euler", "unipc"] | None = Field(None, description="default: the model's (Wan: euler)")
+    sampler: Literal["euler", "unipc"] | None = Field(default=None, description="default: the model's (Wan: euler)")
     guidance_mode: Literal["batched", "sequential"] = Field(
-        "batched", description="both guidance passes at once, or one after the other in less memory"
+        default="batched", description="both guidance passes at once, or one after the other in less memory"
     )
-    vae_tiling: Literal["auto", "on", "off"] = Field("auto", description="decode in tiles; auto: when memory is short")
-    encoder_cpu_offload: bool = Field(True, description="move the text encoder off the device once prompts are encoded")
-    overwrite: bool = Field(False, description="make videos again that exist in output_dir")
+    vae_tiling: Literal["auto", "on", "off"] = Field(
+        default="auto", description="decode in tiles; auto: when memory is short"
+    )
+    encoder_cpu_offload: bool = Field(
+        default=True, description="move the text encoder off the device once prompts are encoded"
+    )
+    overwrite: bool = Field(default=False, description="make videos again that exist in output_dir")
 
     @model_validator(mode="after")
-    def _one_source_of_prompts(self) -> Self:
-        if self.prompt is not None and self.prompt_txt is not None:
-            raise ValueError("prompt and prompt_txt are both given: keep one")
+    def _one_of_each(self) -> Self:
+        weights = self.transformer_config.pretrained_model_dir_or_checkpoint
+        if self.model is not None and weights is not None:
+            raise ValueError(
+                f"model ({self.model}) and model_config.pretrained_model_dir_or_checkpoint ({weights}) both name "
+                "weights: keep one"
+            )
+        sources = [name for name in ("prompt", "prompts", "prompt_txt") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} are both given: keep one")
         return self
 
     @property
@@ -98,8 +119,12 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise ConfigError("prompt is empty: give some text")
         return prompts
+    if config.prompts is not None:
+        return read_prompt_file(config.prompts)
     if config.prompt_txt is None:
-        raise ConfigError("no prompt: give --prompt TEXT, --prompts FILE, or the key prompt or prompt_txt")
+        raise ConfigError(
+            "no prompt: give --prompt TEXT, --prompts FILE, or one of the keys prompt, prompts, prompt_txt"
+        )
     if not _is_file(config.prompt_txt):
         if not config.prompt_txt.strip():
             raise ConfigError("prompt_txt is empty: give a file or a prompt")

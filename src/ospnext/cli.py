@@ -1,0 +1,229 @@
+"""The ``ospnext`` command: a table from subcommand to configuration class and run function.
+
+``ospnext COMMAND [CONFIG.yaml] [key=value ...]``. Everything is imported when it is needed, so that help is quick.
+This is the only module that reads the environment. Exit codes: 0 done, 2 bad input (one line on stderr), 130
+interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+from ospnext import __version__
+from ospnext.config import Config, ConfigError, config_keys, load_config, refuse_placeholders
+
+
+class Command(NamedTuple):
+    """One subcommand.
+
+    Attributes:
+        summary: its line in ``ospnext --help``.
+        config: ``module:Class`` of its configuration.
+        run: ``module:function`` that takes the configuration.
+        options: ``--option`` and the key it sets.
+        arguments: the keys its plain words set, in order; () where the one plain word is a YAML file.
+    """
+
+    summary: str
+    config: str
+    run: str
+    options: Mapping[str, str] = {}
+    arguments: tuple[str, ...] = ()
+
+
+COMMANDS: dict[str, Command] = {
+    "generate": Command(
+        "make videos from prompts",
+        "ospnext.generate.settings:GenerateConfig",
+        "ospnext.generate.run:run",
+        options={"--prompt": "prompt", "--prompts": "prompts"},
+    ),
+    "train": Command("train the transformer on videos", "ospnext.train.settings:TrainConfig", "ospnext.train.sft:run"),
+    "train-vae": Command(
+        "train a small video VAE on moving shapes",
+        "ospnext.train.video_vae:VAETrainConfig",
+        "ospnext.train.video_vae:run",
+    ),
+}
+
+OLD_VARIABLES = {"NPRC_PER_NODE": "--nproc-per-node", "PET_NNODES": "--nnodes"}
+
+
+class Launch(NamedTuple):
+    """How this process was started."""
+
+    world_size: int
+    rank: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else "--help"
+    try:
+        if name in ("-h", "--help"):
+            print(overview())
+        elif name == "--version":
+            print(f"ospnext {__version__}")
+        else:
+            _run(name, words[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as in `ospnext --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = explain(error)
+        if line is None or "--traceback" in words:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ospnext: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(name: str, words: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    if "-h" in words or "--help" in words:
+        print_help(name, command)
+        return
+    launch = read_launch(os.environ)
+    if launch.rank == 0:
+        for line in old_variables(os.environ):
+            print(line, file=sys.stderr)
+    if launch.world_size > 1:
+        raise ConfigError(
+            f"{name} runs in one process, but {launch.world_size} were started (WORLD_SIZE): start it without torchrun"
+        )
+    config = read_config(name, command, words)
+    for line in config.notices:
+        print(f"note: {line}", file=sys.stderr)
+    _load(command.run)(config)
+
+
+def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
+    """The configuration a command line asks for, fitted to one process, without placeholders.
+
+    Raises:
+        ConfigError: a word, key or value that does not belong.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    from ospnext.assemble import RunConfig
+    from ospnext.config_keys import key_rules
+
+    parser = _Parser(prog=f"ospnext {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--traceback", action="store_true")
+    for option in command.options:
+        parser.add_argument(option)
+    given = vars(parser.parse_intermixed_args(words))
+    overrides = [word for word in given["words"] if "=" in word and not os.path.exists(word)]
+    plain = [word for word in given["words"] if word not in overrides]
+    path = None
+    values: dict[str, Any] = {
+        key: given[option.strip("-").replace("-", "_")] for option, key in command.options.items()
+    }
+    if command.arguments:
+        values |= dict(zip(command.arguments, plain, strict=False))
+        plain = plain[len(command.arguments) :]
+    elif plain:
+        path, *plain = plain
+    if plain:
+        raise ConfigError(f"{plain[0]!r} is not understood: settings are written key=value")
+    exact = [(key, value) for key, value in values.items() if value is not None]
+    config = load_config(_load(command.config), path, [*overrides, *exact], key_rules(name))
+    refuse_placeholders(config)
+    return config.fitted(1) if isinstance(config, RunConfig) else config
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """What torchrun says about this process.
+
+    Raises:
+        ConfigError: a variable that should be a whole number is not.
+    """
+    found = {}
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        text = environment.get(name) or default
+        if not text.isdecimal():
+            raise ConfigError(f"environment variable {name} is {text!r}: it should be a whole number")
+        found[name] = int(text)
+    return Launch(max(1, found["WORLD_SIZE"]), found["RANK"])
+
+
+def old_variables(environment: Mapping[str, str]) -> list[str]:
+    """A warning for each variable of older launch scripts that is set and not read."""
+    return [
+        f"warning: {name} is not read: give torchrun {option}"
+        for name, option in OLD_VARIABLES.items()
+        if name in environment
+    ]
+
+
+def explain(error: Exception) -> str | None:
+    """One line about an error that the input caused; None for an error that is ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return f"out of memory: use fewer frames or a smaller height and width, or a smaller batch ({text[:200]})"
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return text
+
+
+def overview() -> str:
+    """The text of ``ospnext --help``."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: ospnext COMMAND [CONFIG.yaml] [key=value ...]\n\n"
+        f"commands:\n{rows}\n\n"
+        "ospnext COMMAND --help   the keys of a command, with defaults and meaning\n"
+        "ospnext --version        the version\n\n"
+        "example: ospnext generate --prompt 'A red star spins.' output_dir=outputs/star"
+    )
+
+
+def print_help(name: str, command: Command) -> None:
+    """Print what a command takes: its keys with defaults and meaning, its own before those of all runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cls: type[Config] = _load(command.config)
+    words = " ".join(word.upper() for word in command.arguments) or "[CONFIG.yaml]"
+    options = "".join(f" [{option} VALUE]" for option in command.options)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(f"usage: ospnext {name} {words}{options} [key=value ...]\n\n{command.summary}\n", markup=False)
+    table = Table("key", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+    own = cls.__annotations__
+    for key, field in sorted(config_keys(cls), key=lambda item: item[0].partition(".")[0] not in own):
+        default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+        table.add_row(key, default, field.description or "")
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; settings are written key=value")
