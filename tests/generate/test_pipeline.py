@@ -137,12 +137,12 @@ def test_embeddings_in_place_of_text(pipe: OSPNextPipeline) -> None:
     ("settings", "message"),
     [
         ({"prompt": None}, "either prompt or prompt_embeds"),
-        ({"prompt": []}, "empty list"),
+        ({"prompt": []}, "for 0 prompts"),
         ({"prompt": ["a", "b"], "negative_prompt": ["x"] * 3}, "3 negative prompts for 2 prompts"),
         ({"output_type": "gif"}, "output_type 'gif'"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "mask"),
-        ({"height": 3}, "cannot be made"),
+        ({"height": 0}, "cannot be made"),
         ({"num_frames": -3}, "cannot be made"),
     ],
 )

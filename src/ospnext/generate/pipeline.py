@@ -6,11 +6,10 @@
 The latents are float32 from the first noise to the decoder, whatever the dtype of the weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
@@ -20,7 +19,17 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ospnext.checkpoints.components import load_pipeline_components
+from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.flow.sample import GuidanceMode, StopSampling, denoise, guided
+from ospnext.generate.inputs import (
+    CALLBACK_TENSORS,
+    Conditioning,
+    Generators,
+    as_list,
+    check_call,
+    initial_latents,
+)
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
@@ -29,23 +38,9 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode
 
 _CLEANING: dict[str, Callable[[str], str]] = {"wan": clean_wan, "none": lambda text: text}
-_OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+_MODULES = ("transformer", "vae", "text_encoder")
 
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass
-class _Text:
-    """Embeddings [B, L, text_dim] of prompts and, under guidance, negative prompts; callbacks may change them."""
-
-    cond: Tensor
-    uncond: Tensor | None
-
-    def repeated(self, copies: int) -> "_Text":
-        """Every row ``copies`` times, copies next to each other."""
-        uncond = None if self.uncond is None else self.uncond.repeat_interleave(copies, dim=0)
-        return _Text(self.cond.repeat_interleave(copies, dim=0), uncond)
 
 
 class OSPNextPipeline(DiffusionPipeline):
@@ -68,7 +63,7 @@ class OSPNextPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(
         self,
@@ -99,6 +94,58 @@ class OSPNextPipeline(DiffusionPipeline):
         self._num_timesteps = 0
         self._interrupt = False
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        device: torch.device | str = "cpu",
+        progress: ProgressCallback | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The pipeline in a local folder of ours, diffusers' Wan or Wan2.1's own layout; every key must match.
+
+        Args:
+            pretrained_model_name_or_path: the folder; never the network.
+            torch_dtype: of transformer and text encoder, or one per component (``transformer``, ``vae``,
+                ``text_encoder``, ``default``); None keeps the files'. The VAE is float32 unless named: it suffers
+                from less.
+            device: where all components go, tensor by tensor: host memory holds one file at most.
+            progress: called while loading with a label, bytes done and bytes in all.
+            **overrides: transformer settings that the folder leaves open, such as ``skiparse_model_type``.
+
+        Raises:
+            CheckpointError, OutOfMemoryError: see ``checkpoints.load``; both are ValueErrors.
+        """
+        named = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
+        unknown = sorted(named.keys() - {"default", *_MODULES})
+        if unknown:
+            raise ValueError(f"torch_dtype names {', '.join(unknown)}: the components are {', '.join(_MODULES)}")
+        parts = load_pipeline_components(
+            pretrained_model_name_or_path,
+            transformer_dtype=named.get("transformer", named.get("default")),
+            vae_dtype=named.get("vae", torch.float32),
+            text_encoder_dtype=named.get("text_encoder", named.get("default")),
+            device=device,
+            progress=progress,
+            **overrides,
+        )
+        return cls.from_parts(*parts)
+
+    @classmethod
+    def from_parts(
+        cls,
+        transformer: OSPNextTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: Scheduler,
+        settings: Mapping[str, Any],
+    ) -> Self:
+        """From loaded components and what a model_index.json says besides; other pipelines' settings are left out."""
+        own = {name: settings[name] for name in ("negative_prompt", "prompt_cleaning", "defaults") if name in settings}
+        return cls(transformer, vae, text_encoder, tokenizer, scheduler, **own)
+
     # ── what the model brings ─────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -128,6 +175,17 @@ class OSPNextPipeline(DiffusionPipeline):
     def _execution_device(self) -> torch.device:
         return self._device or self.transformer.device
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move (or cast) every component, as diffusers does; ends any offloading."""
+        self._device, self.offload = None, frozenset()
+        return super().to(*args, **kwargs)
+
+    def place(self, device: torch.device | str, offload: Iterable[str] = ()) -> None:
+        """Compute on ``device``, but keep the components named in ``offload`` on the CPU while they are idle."""
+        self._device, self.offload = torch.device(device), frozenset(offload)
+        for name in _MODULES:
+            getattr(self, name).to("cpu" if name in self.offload else self._device)
+
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Hold every component on the CPU but for the one at work: the least device memory, at some time per call.
 
@@ -135,10 +193,10 @@ class OSPNextPipeline(DiffusionPipeline):
             gpu_id: index of the accelerator.
             device: the accelerator; default: the one torch finds.
         """
-        found = torch.accelerator.current_accelerator() or torch.device("cpu")
-        self._device = torch.device(device) if device is not None else torch.device(found.type, gpu_id)
-        self.offload = frozenset(("transformer", "vae", "text_encoder"))
-        self.to("cpu")
+        if device is None:
+            found = torch.accelerator.current_accelerator() or torch.device("cpu")
+            device = found if gpu_id is None else torch.device(found.type, gpu_id)
+        self.place(device, _MODULES)
 
     @contextmanager
     def _at_work(self, name: str) -> Iterator[nn.Module]:
@@ -167,35 +225,37 @@ class OSPNextPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str] | None,
         negative_prompt: str | Sequence[str] | None,
-        embeds: _Text,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
         max_sequence_length: int | None,
-    ) -> _Text:
-        """Embeddings of a call, one row per prompt; what is given in ``embeds`` is taken as it is.
+    ) -> Conditioning:
+        """Embeddings of a call, a row per prompt; those given are taken as they are.
 
         Raises:
             ValueError: prompts and embeddings are both given or both missing, or their numbers differ.
         """
-        if (prompt is None) == (embeds.cond is None):
+        if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if negative_prompt is not None and embeds.uncond is not None:
+        if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds")
-        prompts = _as_list(prompt)
-        rows = len(prompts) if embeds.cond is None else len(embeds.cond)
-        if rows == 0:
-            raise ValueError("prompt is an empty list: give at least one")
-        negatives: list[str] = []
-        if self._guidance_scale > 1 and embeds.uncond is None:
-            negatives = _as_list(self.config.negative_prompt if negative_prompt is None else negative_prompt)
-            if len(negatives) not in (1, rows):
-                raise ValueError(f"{len(negatives)} negative prompts for {rows} prompts: give one, or one each")
-        cond, uncond = embeds.cond, embeds.uncond
-        if prompts or negatives:
-            length = max_sequence_length if cond is None else cond.shape[1]
-            encoded = self.encode_prompt([*prompts, *negatives], length)  # together: the encoder moves only once
-            cond = encoded[: len(prompts)] if prompts else cond
-            uncond = encoded[len(prompts) :].expand(rows, -1, -1) if negatives else uncond
-        device = self._execution_device
-        return _Text(cond.to(device), None if self._guidance_scale <= 1 or uncond is None else uncond.to(device))
+        prompts, negatives = as_list(prompt), []
+        rows = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        if self._guidance_scale > 1 and negative_prompt_embeds is None:
+            negatives = as_list(self.config.negative_prompt if negative_prompt is None else negative_prompt)
+        if rows == 0 or len(negatives) not in (0, 1, rows):
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {rows} prompts: give some prompt, and one or as many"
+            )
+        encoded = torch.empty(0)
+        if prompts or negatives:  # together: the encoder moves only once
+            length = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+            encoded = self.encode_prompt([*prompts, *negatives], length)
+        cond = encoded[: len(prompts)] if prompt_embeds is None else prompt_embeds.to(self._execution_device)
+        if self._guidance_scale <= 1:
+            return Conditioning(cond, None)
+        if negative_prompt_embeds is None:
+            return Conditioning(cond, encoded[len(prompts) :].expand(rows, -1, -1))
+        return Conditioning(cond, negative_prompt_embeds.to(self._execution_device))
 
     # ── latents ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -207,14 +267,7 @@ class OSPNextPipeline(DiffusionPipeline):
     def prepare_latents(
         self, batch: int, size: VideoSize, generator: Generators = None, latents: Tensor | None = None
     ) -> Tensor:
-        """The initial noise, float32 [B, C, t, h, w] on the execution device.
-
-        It is drawn on the generator's device, the CPU by default: then a seed means the same video on every device.
-        With a list of generators, one a video, a video does not depend on the others of its batch.
-
-        Raises:
-            ValueError: the number of generators or the shape of ``latents`` does not fit.
-        """
+        """The initial noise [B, C, t, h, w] of videos of ``size``: see ``inputs.initial_latents``."""
         config = self.vae.config
         shape = (
             self.transformer.config.in_dim,
@@ -222,15 +275,7 @@ class OSPNextPipeline(DiffusionPipeline):
             size.height // config.scale_factor_spatial,
             size.width // config.scale_factor_spatial,
         )
-        if latents is not None:
-            if latents.shape != (batch, *shape):
-                raise ValueError(f"latents are {list(latents.shape)}, but this call needs {[batch, *shape]}")
-            return latents.to(self._execution_device, torch.float32)
-        if generator is None or isinstance(generator, torch.Generator):
-            return _noise((batch, *shape), generator).to(self._execution_device)
-        if len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one each")
-        return torch.stack([_noise(shape, one).to(self._execution_device) for one in generator])
+        return initial_latents(batch, shape, generator, latents, self._execution_device)
 
     def decode(self, latents: Tensor, output_type: str = "np") -> Any:
         """Videos from normalised latents, in the form of ``output_type``; see `__call__`."""
@@ -299,40 +344,31 @@ class OSPNextPipeline(DiffusionPipeline):
         Raises:
             ValueError: arguments that do not go together, or a size that cannot be made.
         """
-        defaults = self.sampling_defaults
-        asked = (num_frames or defaults["num_frames"], height or defaults["height"], width or defaults["width"])
-        size = fit_size(VideoSize(*asked), self.size_step)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check(output_type, num_videos_per_prompt, callback_on_step_end_tensor_inputs)
-        self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        self._num_timesteps = num_inference_steps or defaults["num_inference_steps"]
+        check_call(output_type, num_videos_per_prompt, callback_on_step_end_tensor_inputs)
+        given: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
+        given |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        asked = self.sampling_defaults | {name: value for name, value in given.items() if value is not None}
+        size = fit_size(VideoSize(*(asked[name] for name in VideoSize._fields)), self.size_step)
+        self._num_timesteps, self._guidance_scale = asked["num_inference_steps"], asked["guidance_scale"]
         self._interrupt = False
 
-        text = self._encode(
-            prompt, negative_prompt, _Text(prompt_embeds, negative_prompt_embeds), max_sequence_length
-        ).repeated(num_videos_per_prompt)
+        text = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, max_sequence_length)
+        text = text.repeated(num_videos_per_prompt)
         x = self.prepare_latents(len(text.cond), size, generator, latents)
         x = self._denoise(x, text, guidance_mode, callback_on_step_end, callback_on_step_end_tensor_inputs)
         frames = x if output_type == "latent" else self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _check(self, output_type: str, num_videos_per_prompt: int, tensor_inputs: Sequence[str]) -> None:
-        """Raise ValueError on arguments no call can have."""
-        if output_type not in _OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is not known: use one of {', '.join(_OUTPUT_TYPES)}")
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}: it must be at least 1")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)} are not known: use some of "
-                f"{', '.join(self._callback_tensor_inputs)}"
-            )
-
     def _denoise(
-        self, x: Tensor, text: _Text, mode: GuidanceMode, on_step_end: OnStepEnd | None, tensor_inputs: Sequence[str]
+        self,
+        x: Tensor,
+        text: Conditioning,
+        mode: GuidanceMode,
+        on_step_end: OnStepEnd | None,
+        tensor_inputs: Sequence[str],
     ) -> Tensor:
         """From noise to latents, with diffusers' callback after every step."""
         with self._at_work("transformer") as transformer, self.progress_bar(total=self._num_timesteps) as bar:
@@ -347,7 +383,7 @@ class OSPNextPipeline(DiffusionPipeline):
             def callback(step: int, timestep: Tensor, x: Tensor) -> Tensor:
                 bar.update()
                 if on_step_end is not None:
-                    tensors = {"latents": x, "prompt_embeds": text.cond, "negative_prompt_embeds": text.uncond}
+                    tensors: dict[str, Any] = dict(zip(CALLBACK_TENSORS, (x, text.cond, text.uncond), strict=True))
                     changed = on_step_end(self, step, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
                     x, text.cond, text.uncond = (changed.get(name, tensor) for name, tensor in tensors.items())
                 if self._interrupt:
@@ -365,15 +401,3 @@ def size_step(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> SizeSte
     patch_t, patch_h, patch_w = transformer["patch_size"]
     scale = vae["scale_factor_spatial"]
     return SizeStep(vae["scale_factor_temporal"] * patch_t, scale * patch_h, scale * patch_w)
-
-
-def _as_list(text: str | Sequence[str] | None) -> list[str]:
-    if text is None:
-        return []
-    return [text] if isinstance(text, str) else list(text)
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Standard normal float32, drawn where the generator lives."""
-    device = "cpu" if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
