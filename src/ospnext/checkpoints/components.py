@@ -143,9 +143,13 @@ def _check_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     name = name[-1] if isinstance(name, list) else name
     if name not in _PIPELINES:
         raise CheckpointError(f"{folder}: a {name}; only {' and '.join(_PIPELINES)} can be loaded")
-    present = {key for key, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
-    further = sorted(key for key in present - set(_PARTS) if (folder / key).is_dir())
+    parts = {key for key, value in index.items() if _is_part(value) and not key.startswith("_")}
+    further = sorted(key for key in parts - set(_PARTS) if index[key][1] is not None)
     if further:
         raise CheckpointError(f"{folder}: has {', '.join(further)} too (Wan2.2 or image-to-video): not supported")
-    parts = present | set(_PARTS) | {key for key, value in index.items() if value == [None, None]}
     return {key: value for key, value in index.items() if key not in parts and not key.startswith("_")}
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value of model_index.json names a part: its library and class, both None for one left out."""
+    return isinstance(value, list) and len(value) == 2 and all(name is None or isinstance(name, str) for name in value)

@@ -31,7 +31,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device. Those that share the host's memory (cpu, mps) have what the host has."""
     if device.type not in ("cpu", "mps"):
         return int(getattr(torch, device.type).mem_get_info(device)[0])
-    return min(_host_memory(), _cgroup_memory())
+    return min(_host_memory(), cgroup_memory())
 
 
 def require_memory(need: int, device: torch.device, what: str = "the weights") -> None:
@@ -63,7 +63,7 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux: what is built in
 
 
-def _cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes left of a container's limit (cgroup v2); page cache counts as free. Without a limit: no bound."""
     limit, used, stat = root / "memory.max", root / "memory.current", root / "memory.stat"
     if not limit.exists() or not used.exists() or (text := limit.read_text().strip()) == "max":
