@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= A red star spins in the middle of a dark blue background.
 
-.PHONY: help setup demo test test-long check format clean
+.PHONY: help setup demo test test-long check format docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -37,6 +37,9 @@ check: setup ## lint, format, floors and types in one go
 format: setup ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## write docs/configuration.md from the configuration classes
+	$(BIN)/python docs/make_configuration.py
 
 clean: ## remove what the commands above have made
 	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache .mypy_cache
