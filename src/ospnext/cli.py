@@ -1,8 +1,8 @@
 """The ``ospnext`` command: a table from subcommand to configuration class and run function.
 
-``ospnext COMMAND [CONFIG.yaml] [key=value ...]``. Everything is imported when it is needed, so that help is quick.
-This is the only module that reads the environment. Exit codes: 0 done, 2 bad input (one line on stderr), 130
-interrupted.
+``ospnext COMMAND [CONFIG.yaml] [key=value ...]``; ``ospnext --help`` lists the commands. A module is imported when it is
+needed, so that help is quick. This is the only module that reads the environment. Exit codes: 0 done, 2 bad input (one
+line on stderr), 130 interrupted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class Command(NamedTuple):
     Attributes:
         summary: its line in ``ospnext --help``.
         config: ``module:Class`` of its configuration.
-        run: ``module:function`` that takes the configuration.
+        run: ``module:function`` that takes the configuration and returns a line to print, or None.
         options: ``--option`` and the key it sets.
         arguments: the keys its plain words set, in order; () where the one plain word is a YAML file.
     """
@@ -46,6 +46,13 @@ COMMANDS: dict[str, Command] = {
         "train a small video VAE on moving shapes",
         "ospnext.train.video_vae:VAETrainConfig",
         "ospnext.train.video_vae:run",
+    ),
+    "convert": Command(
+        "write a transformer checkpoint in another format",
+        "ospnext.prepare.convert:ConvertConfig",
+        "ospnext.prepare.convert:run",
+        options={"--to": "to"},
+        arguments=("src", "dst"),
     ),
 }
 
@@ -104,7 +111,8 @@ def _run(name: str, words: Sequence[str]) -> None:
     config = read_config(name, command, words)
     for line in config.notices:
         print(f"note: {line}", file=sys.stderr)
-    _load(command.run)(config)
+    if (line := _load(command.run)(config)) is not None:
+        print(line)
 
 
 def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
@@ -169,10 +177,9 @@ def old_variables(environment: Mapping[str, str]) -> list[str]:
 def explain(error: Exception) -> str | None:
     """One line about an error that the input caused; None for an error that is ours."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        return f"out of memory: use fewer frames or a smaller height and width, or a smaller batch ({text[:200]})"
-    if isinstance(error, RuntimeError):
-        return None
+    if isinstance(error, MemoryError | RuntimeError):
+        full = type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text
+        return f"out of memory: make fewer frames, smaller ones, or fewer at once ({text[:200]})" if full else None
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return text

@@ -193,6 +193,9 @@ def describe_errors(cls: type[Config], error: ValidationError) -> str:
         path = [str(part) for part in item["loc"]]
         key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
         shown = "" if not key or isinstance(item["input"], Mapping | BaseModel) else f" is {item['input']!r}, but"
+        if item["type"] == "missing":
+            messages.setdefault(key, []).append("is missing")
+            continue
         wanted = item["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("tuple", "list")
         quotes = " (in quotes)" if item["type"] == "string_type" and isinstance(item["input"], int | float) else ""
         messages.setdefault(f"{key}{shown}", []).append(wanted + quotes)
