@@ -14,7 +14,7 @@ _PUBLIC = {
     "OSPNextPipeline": "ospnext.generate.pipeline",
     "load_transformer": "ospnext.checkpoints.load",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
