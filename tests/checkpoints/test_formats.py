@@ -200,6 +200,8 @@ def test_settings_survive_every_format(family: str, varied: dict) -> None:
         (WAN_1_3B | {"vace_layers": [0]}, "vace_layers"),
         (DIFFUSERS_14B | {"image_dim": 1280, "added_kv_proj_dim": 5120}, "image_dim, added_kv_proj_dim are set"),
         (OSP_14B | {"moe": 2}, "moe"),
+        (OSP_14B | {"num_layers": "40"}, "num_layers is '40': it should be of type int"),
+        (DIFFUSERS_14B | {"in_channels": None}, "in_channels is None"),
         ({"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
         ({}, "_class_name is None"),
     ],

@@ -1,5 +1,6 @@
 """The video autoencoder, the text encoder and the tokenizer from native files and from library folders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_vae_is_strict(vae, tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth: no encoder\.conv1"):
         load_vae(tmp_path)
+    vae.save_pretrained(tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"z_dim"', '"zdim"'))
+    with pytest.raises(CheckpointError, match=r"config\.json: zdim: no setting of AutoencoderKLWan"):
+        load_vae(tmp_path)
+    shutil.rmtree(tmp_path / "vae")
     (tmp_path / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(CheckpointError, match=r"no vae/ with a fitting config.json, and no Wan2\.1_VAE\.pth"):
         load_vae(tmp_path)

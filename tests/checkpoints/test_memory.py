@@ -13,9 +13,7 @@ import torch
 from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.memory import (
     OutOfMemoryError,
-    cgroup_memory,
     checkpoint_bytes,
-    free_memory,
     require_memory,
 )
 from ospnext.checkpoints.read import CheckpointError
@@ -88,21 +86,9 @@ def test_checkpoint_bytes(transformer, tmp_path: Path) -> None:
         checkpoint_bytes(tmp_path / "nowhere")
 
 
-def test_free_memory_of_the_host() -> None:
+def test_the_need_and_what_is_free_are_named() -> None:
     cpu = torch.device("cpu")
-    assert 10 * MB < free_memory(cpu) < 2**50
     require_memory(MB, cpu)
-    with pytest.raises(OutOfMemoryError, match=r"a giant: needs 1048576\.0 GiB on cpu"):
+    with pytest.raises(OutOfMemoryError, match=r"a giant: needs 1048576\.0 GiB on cpu, but \d+\.\d GiB are free"):
         require_memory(2**50, cpu, "a giant")
     assert issubclass(OutOfMemoryError, ValueError)
-
-
-def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
-    assert cgroup_memory(tmp_path) == 2**63
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    assert cgroup_memory(tmp_path) == 100
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300\nactive_file 100\n")
-    assert cgroup_memory(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert cgroup_memory(tmp_path) == 2**63

@@ -50,22 +50,23 @@ def fill(
         OutOfMemoryError: it does not fit on the device.
     """
     targets = match_names(model, weights, name_of, ignore)
-    label = type(model).__name__
-    total = weights.nbytes(dtype)
+    wide = {n for n, target in targets.items() if dtype == torch.float16 and target.split(".")[-2] in keep_fp32}
+    infos = {name: weights.tensors[name].cast(torch.float32 if name in wide else dtype) for name in targets}
+    label, done, total = type(model).__name__, 0, sum(info.nbytes for info in infos.values())
     require_memory(total, device, f"{label} from {weights.source}")
-    done = 0
     for file in weights.files:
         state = {}
         with file.opened() as read:
-            for name in [name for name in file.tensors if name in targets]:
-                target = targets[name]
-                stays = dtype == torch.float16 and target.split(".")[-2] in keep_fp32
-                info = file.tensors[name].cast(torch.float32 if stays else dtype)
-                state[target] = read(name).to(device, info.dtype, copy=True)  # a copy, never a view of the file
+            for name in (name for name in file.tensors if name in targets):
+                info = infos[name]
+                state[targets[name]] = read(name).to(device, info.dtype, copy=True)  # never a view of the file
                 done += info.nbytes
                 if progress is not None:
                     progress(label, done, total)
         model.load_state_dict(state, strict=False, assign=True)  # the names were checked above, all at once
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta and name not in tied]
+    assert not left, f"{label}: no weights for {list_names(left)}, which no state dict holds"
 
 
 def match_names(model: nn.Module, weights: Weights, name_of: NameMap, ignore: Collection[str] = ()) -> dict[str, str]:

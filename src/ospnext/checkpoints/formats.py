@@ -209,19 +209,22 @@ def _known(given: Mapping[str, Any], names: Mapping[str, str], ignored: set[str]
     unknown = sorted(set(given) - set(ours) - ignored)
     if unknown:
         raise ValueError(f"settings {', '.join(unknown)} are not known, so these weights may need another network")
-    return {
-        ours[key]: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in ours
-    }
+    found = {ours[k]: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in ours}
+    for name, value in found.items():
+        kind = type(DEFAULTS[name])
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{names[name]} is {value!r}: it should be of type {kind.__name__}")
+    return found
 
 
 def _from_diffusers(given: Mapping[str, Any]) -> dict[str, Any]:
     image = [key for key in _IMAGE_KEYS if given.get(key) is not None]
     if image:
         raise ValueError(f"{', '.join(image)} are set: image-to-video weights are not supported, use text-to-video")
+    if given.get("out_channels", 0) is None:  # diffusers: as many as in_channels
+        given = {**given, "out_channels": given.get("in_channels", DEFAULTS["in_dim"])}
     names = _DIFFUSERS_SETTINGS | {key: key for key in (*SPARSE_KEYS, "text_len")}
     found = _known(given, names, _DIFFUSERS_IGNORED | set(_IMAGE_KEYS) | {"attention_head_dim"})
-    if "num_heads" in found and "attention_head_dim" in given:
+    if "num_heads" in found and isinstance(given.get("attention_head_dim"), int):
         found["dim"] = found["num_heads"] * given["attention_head_dim"]
-    if found.get("out_dim", 0) is None:
-        found["out_dim"] = found["in_dim"]
     return found

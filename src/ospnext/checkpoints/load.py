@@ -8,7 +8,8 @@ A model is built without memory, every name and shape in the files is compared w
 one file at a time, each cast and moved on its own. The models come back in eval mode.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,9 @@ def load_vae(
     if place.is_dir():
         raw = read_json(place / "config.json")
         settings = {key: value for key, value in raw.items() if not key.startswith("_")}
+        unknown = sorted(settings.keys() - inspect.signature(AutoencoderKLWan.__init__).parameters.keys())
+        if unknown:
+            raise CheckpointError(f"{place}/config.json: {', '.join(unknown)}: no setting of AutoencoderKLWan")
     else:
         try:
             name_of, settings = vae_settings(weights.shapes)
@@ -207,8 +211,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder}: no such folder: give the local tokenizer folder ({TOKENIZER_FOLDER}/ of Wan2.1)"
         )
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "spiece.model")):
-        raise CheckpointError(f"{folder}: no tokenizer (tokenizer_config.json, tokenizer.json or spiece.model)")
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder}: no tokenizer (tokenizer_config.json or tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -237,7 +241,7 @@ def _agree(said: Mapping[str, Any], where: str, overrides: Mapping[str, Any]) ->
         raise CheckpointError(f"{where}: {list_names(clashes)}: take these settings out, or name other weights")
 
 
-def _find(path: Path, folder: str, file: str, is_config: Any) -> Path:
+def _find(path: Path, folder: str, file: str, is_config: Callable[[Mapping[str, Any]], bool]) -> Path:
     """A component's file or folder: ``path`` itself, or what a pipeline folder or Wan2.1's folder calls it."""
     if path.is_file():
         return path

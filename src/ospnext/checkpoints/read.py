@@ -251,6 +251,10 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
     header.pop("__metadata__", None)
+    if not all(
+        isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys() for entry in header.values()
+    ):
+        raise CheckpointError(f"{path}: not a safetensors file (its header lists no tensors)")
     unknown = sorted({entry["dtype"] for entry in header.values()} - _SAFETENSORS_DTYPES.keys())
     if unknown:
         raise CheckpointError(f"{path}: dtypes {', '.join(unknown)} are not supported")

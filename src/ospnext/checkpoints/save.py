@@ -68,7 +68,7 @@ def write_checkpoint(
     """Write tensors in a format; arguments and errors as ``save_transformer``. Host memory: one shard (``pt``: all)."""
     if to not in TARGETS:
         raise CheckpointError(f"format {to!r} is not known: use {', '.join(TARGETS)}")
-    target = Path(path)
+    target = Path(path).absolute()
     check_target(target, to, overwrite)
     if to == "pt":
         _write_file(source, target)
@@ -151,11 +151,13 @@ def _new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well, and is gone when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    old = folder.with_suffix(".old")
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp's is private
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         folder.rename(path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, old):
+            shutil.rmtree(left, ignore_errors=True)
