@@ -7,7 +7,7 @@ Time runs from 0 (first frame) to 1 (last frame). A scene says everything about 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
@@ -304,13 +304,12 @@ def _sample_kinds(rng: np.random.Generator, world: World, count: int, held_out: 
     kinds: list[_Kind] = []
     for _ in range(count):
         wanted = None if held_out and kinds else held_out
-        choices: Sequence[_Kind] = _kinds(world, wanted)
-        if kinds:
-            taken = {kind[:2] for kind in kinds}
-            choices = [kind for kind in choices if kind[:2] not in taken]
-        if not choices:
+        choices = _kinds(world, wanted)
+        drawn = (choices[rng.integers(len(choices))] for _ in range(_ATTEMPTS if choices else 0))
+        kind = next((kind for kind in drawn if all(kind[:2] != other[:2] for other in kinds)), None)
+        if kind is None:
             raise ValueError(f"the world has too few shapes, colours and motions (held_out={wanted}): widen it")
-        kinds.append(choices[rng.integers(len(choices))])
+        kinds.append(kind)
     return [kinds[i] for i in rng.permutation(count)] if count > 1 else kinds
 
 
@@ -340,12 +339,11 @@ def _place(rng: np.random.Generator, things: Sequence[Thing], pan: str, relation
     if relation:
         axis = RELATIONS.index(relation)
         places[..., axis] = np.clip(np.sort(places[..., axis]), *(FRAME / 2 + sign * room[:, axis] for sign in (-1, 1)))
-    good = np.flatnonzero(_apart(things, places, relation)) if count > 1 else [0]
-    if not len(good):
+    place = next(_apart(things, places, relation), None) if count > 1 else places[0]
+    if place is None:
         return ()
     return tuple(
-        dataclasses.replace(thing, x=float(x), y=float(y))
-        for thing, (x, y) in zip(things, places[good[0]], strict=True)
+        dataclasses.replace(thing, x=float(x), y=float(y)) for thing, (x, y) in zip(things, place, strict=True)
     )
 
 
@@ -361,24 +359,27 @@ def _room(thing: Thing, pan: str) -> tuple[float, float]:
     return x, y
 
 
-def _apart(things: Sequence[Thing], places: np.ndarray, relation: str) -> np.ndarray:
-    """Which ``places`` [proposals, things, 2] keep things apart throughout and their relation plain: bool [proposals].
+def _apart(things: Sequence[Thing], places: np.ndarray, relation: str) -> Iterator[np.ndarray]:
+    """Those of ``places`` [proposals, things, 2] that keep things apart throughout and make their relation plain.
 
     A relation holds at every moment along its axis, and on the average over the clip outweighs the other axis.
     """
     path = tracks(things, 33)
     reach = path.radius * np.array([REACH[thing.shape] for thing in things])[:, None]
     offsets = np.stack([path.x, path.y]) - FRAME / 2
+    pairs = list(combinations(range(len(things)), 2))
     good = np.ones(len(places), dtype=bool)
-    for i, j in combinations(range(len(things)), 2):
-        steps = (places[:, j] - places[:, i]).T[:, :, None] + (offsets[:, j] - offsets[:, i])[:, None]  # [2, K, frames]
-        good &= np.all(np.hypot(*steps) > reach[i] + reach[j] + GAP, axis=1)
-        if relation:
-            along, across = steps if relation == "left of" else steps[::-1]
-            good &= np.all(along > 14, axis=1)
-            if j == i + 1:
-                good &= along.mean(1) > np.abs(across.mean(1)) + 8
-    return good
+    for i, j in pairs if relation else ():
+        axis = RELATIONS.index(relation)
+        steps, drift = (places[:, j] - places[:, i]).T, offsets[:, j] - offsets[:, i]
+        good &= steps[axis] + drift[axis].min() > 14
+        if j == i + 1:
+            mean = np.abs(steps + drift.mean(1)[:, None])
+            good &= mean[axis] > mean[1 - axis] + 8
+    for place in places[good]:
+        paths = offsets + place.T[:, :, None]
+        if all(np.all(np.hypot(*(paths[:, i] - paths[:, j])) > reach[i] + reach[j] + GAP) for i, j in pairs):
+            yield place
 
 
 def _sample_background(rng: np.random.Generator, world: World) -> Background:
