@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ospnext import __version__
-from ospnext.cli import COMMANDS, Launch, explain, main, old_variables, read_config, read_launch
+from ospnext.cli import COMMANDS, explain, is_first, main, old_variables, read_config, world_size
 from ospnext.config import ConfigError
 
 DATA = Path(__file__).parent / "data"
@@ -35,11 +35,13 @@ def ospnext(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
         (["generate", "a.yaml", "b.yaml"], "'b.yaml' is not understood"),
         (["generate", "--prompt", "a", "--prompts", "b"], "keep one"),
         (["paint"], "unknown command 'paint': use one of generate"),
+        (["generate", "--prompts", "empty.txt", "device=cpu"], "empty.txt holds no prompt"),
         (["convert", "only_one"], "dst is missing"),
         (["train", "scheduler_config.shift=0"], "scheduler_config.shift is 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
     done = ospnext(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -85,11 +87,13 @@ def test_several_processes_are_refused_by_the_first_alone(tmp_path):
     assert (other.returncode, other.stderr) == (2, "")
 
 
-def test_launch_is_read_from_the_environment():
-    assert read_launch({}) == Launch(1, 0)
-    assert read_launch({"WORLD_SIZE": "8", "RANK": "3"}) == Launch(8, 3)
+def test_processes_are_counted_by_torchruns_variables():
+    assert world_size({}) == 1
+    assert world_size({"WORLD_SIZE": "8"}) == 8
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'eight'"):
-        read_launch({"WORLD_SIZE": "eight"})
+        world_size({"WORLD_SIZE": "eight"})
+    assert is_first({"RANK": "3"})
+    assert not is_first({"WORLD_SIZE": "8", "RANK": "3"})
 
 
 def test_variables_of_older_scripts_lead_to_torchruns_options():

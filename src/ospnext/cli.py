@@ -1,8 +1,8 @@
 """The ``ospnext`` command: a table from subcommand to configuration class and run function.
 
-``ospnext COMMAND [CONFIG.yaml] [key=value ...]``; ``ospnext --help`` lists the commands. A module is imported when it is
-needed, so that help is quick. This is the only module that reads the environment. Exit codes: 0 done, 2 bad input (one
-line on stderr), 130 interrupted.
+``ospnext COMMAND [CONFIG.yaml] [key=value ...]``; ``ospnext --help`` lists the commands. Modules are imported when they
+are needed, so that help is quick. No other module reads the environment. Exit codes: 0 done, 2 bad input (one line on
+stderr), 130 interrupted.
 """
 
 import argparse
@@ -59,13 +59,6 @@ COMMANDS: dict[str, Command] = {
 OLD_VARIABLES = {"NPRC_PER_NODE": "--nproc-per-node", "PET_NNODES": "--nnodes"}
 
 
-class Launch(NamedTuple):
-    """How this process was started."""
-
-    world_size: int
-    rank: int
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -87,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = explain(error)
         if line is None or "--traceback" in words:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if is_first(os.environ):
             print(f"ospnext: error: {line}", file=sys.stderr)
         return 2
     return 0
@@ -100,13 +93,12 @@ def _run(name: str, words: Sequence[str]) -> None:
     if "-h" in words or "--help" in words:
         print_help(name, command)
         return
-    launch = read_launch(os.environ)
-    if launch.rank == 0:
+    if is_first(os.environ):
         for line in old_variables(os.environ):
             print(line, file=sys.stderr)
-    if launch.world_size > 1:
+    if (processes := world_size(os.environ)) > 1:
         raise ConfigError(
-            f"{name} runs in one process, but {launch.world_size} were started (WORLD_SIZE): start it without torchrun"
+            f"{name} runs in one process, but {processes} were started (WORLD_SIZE): start it without torchrun"
         )
     config = read_config(name, command, words)
     for line in config.notices:
@@ -150,19 +142,21 @@ def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
     return config.fitted(1) if isinstance(config, RunConfig) else config
 
 
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """What torchrun says about this process.
+def world_size(environment: Mapping[str, str]) -> int:
+    """How many processes torchrun started.
 
     Raises:
-        ConfigError: a variable that should be a whole number is not.
+        ConfigError: the variable is no whole number.
     """
-    found = {}
-    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")):
-        text = environment.get(name) or default
-        if not text.isdecimal():
-            raise ConfigError(f"environment variable {name} is {text!r}: it should be a whole number")
-        found[name] = int(text)
-    return Launch(max(1, found["WORLD_SIZE"]), found["RANK"])
+    text = environment.get("WORLD_SIZE") or "1"
+    if not text.isdecimal():
+        raise ConfigError(f"environment variable WORLD_SIZE is {text!r}: it should be a whole number")
+    return max(1, int(text))
+
+
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for all. RANK alone, as older scripts set it, means nothing."""
+    return environment.get("WORLD_SIZE", "1") == "1" or environment.get("RANK", "0") == "0"
 
 
 def old_variables(environment: Mapping[str, str]) -> list[str]:
