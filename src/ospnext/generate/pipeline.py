@@ -30,7 +30,7 @@ from ospnext.generate.inputs import (
     check_call,
     initial_latents,
 )
-from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
+from ospnext.generate.sampler import Scheduler, make_sampler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
@@ -155,10 +155,6 @@ class OSPNextPipeline(DiffusionPipeline):
         chosen = {"shift": sampler_shift(self.scheduler), "sampler": sampler_name(self.scheduler)}
         return WAN_SAMPLING._asdict() | stored | chosen
 
-    def set_sampler(self, sampler: str, shift: float) -> None:
-        """Sample with euler or unipc from now on, with this shift of the noise levels."""
-        self.register_modules(scheduler=make_scheduler(sampler, shift))
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the pipeline as a diffusers folder that `from_pretrained` reads back exactly.
 
@@ -255,6 +251,10 @@ class OSPNextPipeline(DiffusionPipeline):
             return Conditioning(cond, None)
         if negative_prompt_embeds is None:
             return Conditioning(cond, encoded[len(prompts) :].expand(rows, -1, -1))
+        if negative_prompt_embeds.shape != cond.shape:
+            raise ValueError(
+                f"negative_prompt_embeds are {list(negative_prompt_embeds.shape)}, but the prompts' {list(cond.shape)}"
+            )
         return Conditioning(cond, negative_prompt_embeds.to(self._execution_device))
 
     # ── latents ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,7 +359,6 @@ class OSPNextPipeline(DiffusionPipeline):
         x = self.prepare_latents(len(text.cond), size, generator, latents)
         x = self._denoise(x, text, guidance_mode, callback_on_step_end, callback_on_step_end_tensor_inputs)
         frames = x if output_type == "latent" else self.decode(x, output_type)
-        self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _denoise(

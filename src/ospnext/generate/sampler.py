@@ -14,6 +14,8 @@ from ospnext.flow.sample import Step, euler_step, sigma_schedule
 
 Scheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
 
+_OTHER_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+
 
 class Sampler(NamedTuple):
     """What ``flow.sample.denoise`` takes: n + 1 levels ``sigmas``, the solver's ``step``, the n ``timesteps``."""
@@ -64,9 +66,11 @@ def make_sampler(scheduler: Scheduler, num_steps: int, frame_tokens: int, device
     """The levels and the solver for one run of ``num_steps``.
 
     Raises:
-        ValueError: a UniPC scheduler that is not set up for flow matching.
+        ValueError: a scheduler that is set up for other levels or other models.
     """
     if not isinstance(scheduler, UniPCMultistepScheduler):
+        if odd := [name for name in _OTHER_LEVELS if scheduler.config.get(name)]:
+            raise ValueError(f"the scheduler asks for {', '.join(odd)}: only the plain levels, shifted, are supported")
         sigmas = sigma_schedule(num_steps, sampler_shift(scheduler, frame_tokens)).to(device)
         return Sampler(sigmas, euler_step, TIMESTEPS * sigmas[:-1])
     if not scheduler.config.use_flow_sigmas or scheduler.config.prediction_type != "flow_prediction":

@@ -40,9 +40,11 @@ class Dtypes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run will do: component paths and dtypes, sampling values, components to keep on the CPU when idle."""
+    """What a run will do: where its components are, the transformer's settings, every component's dtype, sampling
+    values, and which components stay on the CPU while idle."""
 
     places: ComponentPaths
+    transformer: dict[str, Any]
     dtypes: Dtypes
     sampling: Sampling
     offload: frozenset[str]
@@ -65,7 +67,7 @@ def make_plan(config: GenerateConfig, device: torch.device) -> Plan:
         "vae": checkpoint_bytes(places.vae, dtypes.vae),
         "text_encoder": checkpoint_bytes(places.text_encoder, dtypes.text_encoder),
     }
-    return Plan(places, dtypes, sampling, choose_offload(sizes, device, asked=config.encoder_cpu_offload))
+    return Plan(places, settings, dtypes, sampling, choose_offload(sizes, device, asked=config.encoder_cpu_offload))
 
 
 def find_sources(config: GenerateConfig) -> ComponentPaths:
