@@ -51,6 +51,10 @@ def encode_prompts(
         [B, text_len, text_dim] on ``device`` in the encoder's dtype.
     """
     tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=text_len, return_tensors="pt")
-    mask = tokens.attention_mask.to(device)
-    hidden = text_encoder(tokens.input_ids.to(device), attention_mask=mask).last_hidden_state
+    return encode_tokens(text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device))
+
+
+def encode_tokens(text_encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings [B, L, text_dim] of token ids [B, L], zero where ``mask`` [B, L] is."""
+    hidden = text_encoder(ids, attention_mask=mask).last_hidden_state
     return hidden.masked_fill(mask[..., None] == 0, 0)

@@ -1,0 +1,161 @@
+"""``ospnext evaluate-shapes``: does a model show what its prompts ask for? Graded from pixels on held-out prompts.
+
+Scenes are drawn from combinations of shape, colour and motion that training never shows; the model gets their captions;
+the grader of ``ospnext.shapes`` reads its videos. Figures come with 95% Wilson intervals.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ospnext.assemble import AttentionKernel, DType
+from ospnext.config import Config
+from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.sources import EMBEDDED
+from ospnext.media import contact_sheet, write_video
+from ospnext.shapes.captions import caption
+from ospnext.shapes.grade import Grade, grade
+from ospnext.shapes.world import Scene, World, sample_scene
+
+ATTRIBUTES = ("count", "shape", "colour", "motion", "relation", "pan")
+
+
+class EvaluateShapesConfig(Config):
+    """``ospnext evaluate-shapes``: which model, on how many prompts of which world."""
+
+    model: str = Field("shapes", description="a pipeline folder, or 'shapes' (embedded)")
+    output_dir: str = Field("./output_evaluation", description="where shapes.json and the first videos go")
+    world: Literal["simple", "full"] = Field("simple", description="which scenes are asked for")
+    num_prompts: int = Field(512, ge=1, description="held-out prompts")
+    seed: int = Field(1, ge=0, description="of prompts and noise")
+    batch_size: int = Field(16, ge=1, description="videos at once")
+    num_inference_steps: int | None = Field(None, ge=1, description="default: the model's")
+    guidance_scale: float | None = Field(None, description="default: the model's")
+    device: str = Field("auto", description="auto | cpu | cuda | npu | mps")
+    weight_dtype: DType = Field("bf16", description="numbers of the transformer")
+    attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")
+    keep_videos: int = Field(16, ge=0, description="how many videos are kept as mp4 and on a contact sheet")
+
+
+class Share(NamedTuple):
+    """How many of those asked were right, with the bounds of a 95% Wilson interval."""
+
+    right: int
+    asked: int
+    low: float
+    high: float
+
+
+def share(marks: Iterable[bool]) -> Share:
+    """The share of true marks; an empty one is 0 of 0 and could be anything."""
+    values = list(marks)
+    n, k, z = len(values), sum(values), 1.959964
+    if not n:
+        return Share(0, 0, 0.0, 1.0)
+    centre = (k + z * z / 2) / (n + z * z)
+    reach = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return Share(k, n, centre - reach, centre + reach)
+
+
+def run(config: EvaluateShapesConfig) -> None:
+    """Generate, grade, print a table, and write ``output_dir/shapes.json``."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.weight_dtype)
+    folder = EMBEDDED if config.model == "shapes" else config.model
+    pipe = OSPNextPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+    pipe.transformer.set_attention_kernel(config.attention_kernel)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng(config.seed)
+    world = World.full() if config.world == "full" else World.simple()
+    scenes = [sample_scene(rng, world, held_out=True) for _ in range(config.num_prompts)]
+    prompts = [caption(scene, rng) for scene in scenes]
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    videos = generate(pipe, prompts, config)
+    grades = grade_all(videos, scenes)
+    result = summarise(grades, scenes)
+    show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {device_label(device)}")
+    write(config, result, prompts, grades, videos)
+
+
+def generate(pipe: OSPNextPipeline, prompts: Sequence[str], config: EvaluateShapesConfig) -> list[np.ndarray]:
+    """A video uint8 ``[T, H, W, 3]`` for every prompt; prompt i has the noise of seed + i."""
+    videos = []
+    starts = range(0, len(prompts), config.batch_size)
+    for i in track(starts, description="generating", transient=True):
+        some = list(prompts[i : i + config.batch_size])
+        frames = pipe(
+            some,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(config.seed + i + k) for k in range(len(some))],
+        ).frames
+        videos += list((frames * 255 + 0.5).astype(np.uint8))
+    return videos
+
+
+def grade_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[Grade]:
+    """Grade videos in as many processes as there are cores."""
+    workers = min(os.cpu_count() or 1, len(videos))
+    if workers == 1:
+        return [grade(video, scene) for video, scene in zip(videos, scenes, strict=True)]
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(grade, videos, scenes, chunksize=4))
+
+
+def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:
+    """Shares by attribute over all videos, and of videos in which everything is right, over all and by count."""
+    result = {
+        name: share(mark for grade in grades if (mark := getattr(grade, name)) is not None) for name in ATTRIBUTES
+    }
+    result["everything"] = share(grade.all_right for grade in grades)
+    for count in (1, 2, 3):
+        chosen = [g.all_right for g, s in zip(grades, scenes, strict=True) if len(s.things) == count]
+        result[f"everything, {count} object{'s' * (count > 1)}"] = share(chosen)
+    return {name: value for name, value in result.items() if value.asked}
+
+
+def show(result: dict[str, Share], title: str) -> None:
+    """Print the table."""
+    table = Table("asked", "right", "of", "share", "95% interval", title=title)
+    for name, s in result.items():
+        table.add_row(name, str(s.right), str(s.asked), f"{s.right / s.asked:.1%}", f"{s.low:.1%} to {s.high:.1%}")
+    Console().print(table)
+
+
+def write(
+    config: EvaluateShapesConfig,
+    result: dict[str, Share],
+    prompts: Sequence[str],
+    grades: Sequence[Grade],
+    videos: Sequence[np.ndarray],
+) -> None:
+    """Write the figures with every prompt's grade, and the first videos to look at."""
+    folder = Path(config.output_dir)
+    record: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "result": {name: s._asdict() for name, s in result.items()},
+        "prompts": [{"prompt": p, "grade": asdict(g)} for p, g in zip(prompts, grades, strict=True)],
+    }
+    (folder / "shapes.json").write_text(json.dumps(record, indent=1) + "\n")
+    for i, video in enumerate(videos[: config.keep_videos]):
+        write_video(folder / f"video_{i}.mp4", video)
+    if config.keep_videos:
+        rows = [
+            np.concatenate(list(video[:: max(len(video) // 4, 1)]), axis=1) for video in videos[: config.keep_videos]
+        ]
+        contact_sheet(np.stack(rows), folder / "contact_sheet.png", columns=1)
+    print(f"saved {folder / 'shapes.json'}")

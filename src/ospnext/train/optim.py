@@ -1,0 +1,71 @@
+"""How a step changes the weights: the learning-rate schedule, AdamW's parameter groups, the moving average."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+Schedule = Literal["constant", "cosine"]
+
+
+def learning_rate(step: int, peak: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of a step, counted from 0: a linear warm-up, then constant or a half cosine down to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def adamw(
+    modules: Mapping[str, nn.Module], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter; decay on matrices and kernels only, never on norms and biases."""
+    params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cuda", "cpu") for p in params)
+    # A tensor, so that a change of rate neither recompiles nor synchronises; foreach where fused is not available.
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
+
+
+class MovingAverage:
+    """Exponential moving average of parameters, in float32, on their device.
+
+    The decay grows from 0.1 as (1 + n) / (10 + n) until it reaches ``decay``, so that the average of a short run does
+    not remember its random start.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self._live = {
+            f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
+        }
+        self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow += (1 - decay) (parameter - shadow)."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        live = [p.detach().float() for p in self._live.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged and the live values: once to evaluate the average, once more to train on."""
+        for key, p in self._live.items():
+            kept = p.detach().clone()
+            p.copy_(self.shadow[key])
+            self.shadow[key].copy_(kept)
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a total norm of ``max_norm``; returns the norm they had, unsynchronised."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -1,0 +1,215 @@
+"""``ospnext train``: the transformer learns the velocity of the straight path from noise to video latents.
+
+The text encoder may be trained along, which a small byte-level one needs. The run ends with a pipeline folder of the
+averaged weights, ready for ``ospnext generate model=...``.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
+from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.sampler import make_scheduler
+from ospnext.models.text import encode_tokens
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.ops.attention import describe_kernel
+from ospnext.shapes.world import World
+from ospnext.train.clips import ClipSize, LatentClips
+from ospnext.train.loop import LoopSettings, Losses, fit
+from ospnext.train.settings import NoiseConfig, TrainConfig
+
+# How the small models of the shapes world are sampled unless a call says otherwise.
+SAMPLING = {"shift": 3.0, "num_inference_steps": 20, "guidance_scale": 4.0}
+
+
+class Components(NamedTuple):
+    """The networks of a run; which of them are trained is the configuration's choice."""
+
+    transformer: OSPNextTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def run(config: TrainConfig) -> None:
+    """Train, then save the averaged weights as ``output_dir/pipeline``.
+
+    Raises:
+        ValueError: the configuration asks for what cannot be had, before anything is trained.
+    """
+    if config.data_config.dataset_name != "shapes":
+        raise ValueError(
+            f"data_config.dataset_name is {config.data_config.dataset_name!r}: train reads 'shapes', the rendered world"
+        )
+    device = resolve_device(config.device)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic_training)
+    parts = build(config, device)
+    trained: dict[str, torch.nn.Module] = {"transformer": parts.transformer.train().requires_grad_(True)}
+    if config.train_text_encoder:
+        trained["text_encoder"] = parts.text_encoder.train().requires_grad_(True)
+    data = make_data(config, parts, device)
+    report(config, trained, device)
+    if config.gradient_checkpointing:
+        parts.transformer.enable_gradient_checkpointing()
+    if config.compile and device.type != "cpu":
+        parts.transformer.compile_repeated_blocks(dynamic=False)
+
+    def losses(generator: torch.Generator, step: int) -> Losses:
+        latents, tokens = data.draw(config.data_config.batch_size, generator)
+        with torch.set_grad_enabled(config.train_text_encoder):
+            text = encode_tokens(parts.text_encoder, tokens, tokens != parts.tokenizer.pad_token_id)
+        return velocity_loss(parts.transformer, latents, text, config.scheduler_config, generator)
+
+    state = fit(trained, losses, loop_settings(config), device)
+    state.average.swap()
+    export(config, parts, Path(config.output_dir) / "pipeline")
+
+
+def build(config: TrainConfig, device: torch.device) -> Components:
+    """Load what the configuration names and make the rest anew: transformer and text encoder may start from scratch."""
+    if config.vae_config.vae_path is None:
+        raise ValueError("vae_config.vae_path is missing: name a trained video VAE (ospnext train-vae makes one)")
+    vae = load_vae(config.vae_config.vae_path, dtype=resolve_dtype(config.vae_config.dtype), device=device)
+    weights = config.transformer_config.pretrained_model_dir_or_checkpoint
+    if weights is None:
+        transformer = OSPNextTransformer3DModel(**config.architecture()).to(device)
+    else:
+        transformer = load_transformer(weights, dtype=torch.float32, device=device, **config.architecture())
+    transformer.set_attention_kernel(config.attention_kernel)
+    text = config.text_encoder_config
+    tokenizer = ByT5Tokenizer() if text.text_tokenizer_path is None else load_tokenizer(text.text_tokenizer_path)
+    if text.checkpoint_path is not None:
+        encoder = load_text_encoder(text.checkpoint_path, dtype=torch.float32, device=device)
+    elif config.train_text_encoder:
+        encoder = small_text_encoder(transformer.config.text_dim, len(tokenizer)).to(device)
+    else:
+        raise ValueError(
+            "text_encoder_config.checkpoint_path is missing: name a text encoder, or set train_text_encoder"
+        )
+    return Components(transformer, vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer)
+
+
+def small_text_encoder(width: int, vocabulary: int) -> UMT5EncoderModel:
+    """A new two-layer UMT5 encoder for short captions."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=32,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=width // 32,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+def make_data(config: TrainConfig, parts: Components, device: torch.device) -> LatentClips:
+    """The rendered dataset the configuration describes."""
+    dataset = config.data_config.dataset_config
+    return LatentClips(
+        parts.vae,
+        parts.tokenizer,
+        World.full() if dataset.world == "full" else World.simple(),
+        dataset.num_clips,
+        config.seed,
+        ClipSize(dataset.sample_num_frames, dataset.sample_height, dataset.sample_width),
+        parts.transformer.config.text_len,
+        dataset.text_drop_ratio,
+        device,
+    )
+
+
+def velocity_loss(
+    transformer: torch.nn.Module,
+    latents: torch.Tensor,
+    text: torch.Tensor,
+    noise: NoiseConfig,
+    generator: torch.Generator,
+) -> Losses:
+    """Mean squared error of the velocity at random points of the path from noise to ``latents [B, C, t, h, w]``."""
+    shift = noise.shift
+    if noise.use_dynamic_shifting:
+        tokens = latents.shape[-2] * latents.shape[-1] // 4
+        shift = dynamic_shift(tokens, noise.base_image_seq, noise.max_image_seq, noise.base_shift, noise.max_shift)
+    sigma = sample_sigmas(
+        len(latents),
+        generator,
+        noise.use_logitnorm_time_sampling,
+        shift,
+        latents.device,
+        logit_mean=noise.logit_mean,
+        logit_std=noise.logit_std,
+    )
+    epsilon = torch.randn(latents.shape, generator=generator, device=latents.device)
+    x_t, velocity = interpolate(latents, epsilon, sigma)
+    return {"loss": F.mse_loss(transformer(x_t, TIMESTEPS * sigma, text, return_dict=False)[0], velocity)}
+
+
+def loop_settings(config: TrainConfig) -> LoopSettings:
+    """The loop's settings of this recipe."""
+    optimiser = config.optimizer_config
+    return LoopSettings(
+        output_dir=Path(config.output_dir),
+        iterations=config.training_iteration,
+        lr=optimiser.lr,
+        lr_schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=optimiser.weight_decay,
+        betas=optimiser.betas,
+        eps=optimiser.eps,
+        max_grad_norm=config.init_max_grad_norm,
+        accumulation_steps=config.gradient_accumulation_steps,
+        ema_decay=config.ema_decay,
+        ema_update_interval=config.ema_update_interval,
+        log_interval=config.log_interval,
+        save_interval=config.save_interval,
+        time_budget_minutes=config.time_budget_minutes,
+        seed=config.seed,
+        dtype=resolve_dtype(config.weight_dtype),
+    )
+
+
+def report(config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device) -> None:
+    """Say what will really run."""
+    for line in config.notices:
+        print(line)
+    dtype = resolve_dtype(config.weight_dtype)
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in trained.items())
+    print(
+        f"training {sizes} on {device_label(device)}; float32 weights, {dtype} arithmetic; "
+        f"attention: {describe_kernel(config.attention_kernel, device, dtype)}; "
+        f"one process, {config.data_config.batch_size * config.gradient_accumulation_steps} clips a step"
+    )
+
+
+def export(config: TrainConfig, parts: Components, to: Path) -> None:
+    """Save everything as one pipeline folder, in ``weight_dtype``, that samples as it was trained."""
+    dataset = config.data_config.dataset_config
+    dtype = resolve_dtype(config.weight_dtype)
+    pipeline = OSPNextPipeline(
+        parts.transformer.eval().to(dtype),
+        parts.vae.to(dtype),
+        parts.text_encoder.eval().to(dtype),
+        parts.tokenizer,
+        make_scheduler("euler", SAMPLING["shift"]),
+        negative_prompt="",  # what the dropped captions of training were
+        defaults={
+            "height": dataset.sample_height,
+            "width": dataset.sample_width,
+            "num_frames": dataset.sample_num_frames,
+            "num_inference_steps": SAMPLING["num_inference_steps"],
+            "guidance_scale": SAMPLING["guidance_scale"],
+        },
+    )
+    pipeline.save_pretrained(to)
+    print(f"saved {to}")
