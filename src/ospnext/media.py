@@ -4,10 +4,12 @@ Frames are RGB uint8 [T, H, W, 3] everywhere. Files are H.264 in mp4, yuv420p wi
 every browser and player shows alike. A file appears under its name only when it is complete.
 """
 
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +101,43 @@ def video_writer(path: str | Path, height: int, width: int, fps: float = 16, crf
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def video_grid(
+    paths: Sequence[str | Path], out: str | Path, fps: float = 16, *, limit: int = 64, longest_side: int = 3840
+) -> None:
+    """Tile videos into one, a pixel apart, in rows from the top left. One frame of each is in memory at a time.
+
+    Args:
+        paths: the videos; beyond ``limit`` they are left out. A clip that ends early holds its last frame.
+        out: the mp4 to write.
+        fps: of the result; every frame of a clip is shown, whatever its own rate.
+        limit: the most tiles.
+        longest_side: of the result in pixels; the tiles are scaled down to it together.
+
+    Raises:
+        ValueError: there is no video, or one cannot be decoded.
+        OSError: one is not there, or the result cannot be written.
+    """
+    if not paths:
+        raise ValueError("a grid needs at least one video")
+    rows = math.ceil(math.sqrt(min(len(paths), limit)))
+    columns = math.ceil(min(len(paths), limit) / rows)
+    with ExitStack() as stack:
+        containers = [stack.enter_context(_opened(path)) for path in paths[:limit]]
+        sizes = [(c.streams.video[0].height, c.streams.video[0].width) for c in containers]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        scale = min(1.0, longest_side / max(rows * (height + 1), columns * (width + 1)))
+        height, width = int(height * scale), int(width * scale)
+        canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), np.uint8)
+        writer = stack.enter_context(video_writer(out, *canvas.shape[:2], fps))
+        for frames in zip_longest(*(c.decode(c.streams.video[0]) for c in containers)):
+            for i, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
+                if frame is not None:
+                    tile = _rgb(frame.reformat(width=int(size[1] * scale), height=int(size[0] * scale)))
+                    y, x = i // columns * (height + 1), i % columns * (width + 1)
+                    canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+            writer.add(canvas)
 
 
 @contextmanager
