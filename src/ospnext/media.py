@@ -17,6 +17,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
 
 Frames = np.ndarray | torch.Tensor
 
@@ -91,16 +92,13 @@ def video_writer(path: str | Path, height: int, width: int, fps: float = 16, crf
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            writer = VideoWriter(container, height, width, fps, crf)
-            yield writer
-            writer.finish()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        _appearing(path) as partial,
+        av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        writer = VideoWriter(container, height, width, fps, crf)
+        yield writer
+        writer.finish()
 
 
 def video_grid(
@@ -138,6 +136,37 @@ def video_grid(
                     y, x = i // columns * (height + 1), i % columns * (width + 1)
                     canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
             writer.add(canvas)
+
+
+def contact_sheet(frames: Frames, path: str | Path, columns: int = 8) -> None:
+    """Write frames uint8 [T, H, W, 3] as one PNG picture: row by row, two pixels apart, on white.
+
+    Raises:
+        ValueError: ``frames`` is not uint8 [T, H, W, 3], or is empty; ``columns`` is not positive.
+        OSError: the file cannot be written.
+    """
+    clip = _as_clip(frames)
+    if columns < 1:
+        raise ValueError(f"a contact sheet needs at least one column, not {columns}")
+    columns = min(columns, len(clip))
+    blank = np.full((-len(clip) % columns, *clip.shape[1:]), 255, np.uint8)
+    spaced = np.pad(np.concatenate([clip, blank]), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    count, height, width, _ = spaced.shape
+    rows = spaced.reshape(count // columns, columns, height, width, 3).swapaxes(1, 2)
+    with _appearing(path) as partial:
+        Image.fromarray(rows.reshape(-1, columns * width, 3)).save(partial, format="PNG")
+
+
+@contextmanager
+def _appearing(path: str | Path) -> Iterator[Path]:
+    """A name to write to, whose file appears at ``path`` when the block ends, and vanishes when it fails."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

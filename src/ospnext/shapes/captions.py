@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ospnext.shapes.world import Background, Scene, Thing
+from ospnext.shapes.scene import Background, Scene, Thing
 
 MAX_BYTES = {1: 120, 2: 250, 3: 250}
 """The longest caption, for each number of things."""
@@ -68,7 +68,7 @@ _PATTERNS = {
     "checks": ("checked {} background", "checkered {} background"),
 }
 
-_PANS = ("the camera pans {}", "the camera slowly pans {}", "a slow pan {}")
+_PANS = ("while the camera pans {}", "while the camera slowly pans {}", "as the camera pans {}")
 
 _RELATIONS = {  # each way of saying it, and whether the second thing is named first
     "left of": (("to the left of", False), ("left of", False), ("to the right of", True), ("right of", True)),
@@ -91,7 +91,7 @@ def _sentence(scene: Scene, rng: np.random.Generator) -> str:
     where = _background(scene.background, rng)
     if scene.pan:
         pan = _pick(_PANS, rng).format(scene.pan)
-        return _closed(f"{actors} on {where}, {pan}" if rng.random() < 0.5 else f"{actors}, {pan}")
+        return _closed(f"{actors} on {where} {pan}" if rng.random() < 0.5 else f"{actors} {pan}")
     chance = rng.random()
     if chance < 0.45:
         across = scene.things[0].motion in ("left", "right") and len(scene.things) == 1
@@ -112,10 +112,10 @@ def _actors(scene: Scene, rng: np.random.Generator) -> str:
     if len(scene.things) == 2:
         words, swapped = _RELATIONS[scene.relation][rng.integers(4)]
         one, two = scene.things[::-1] if swapped else scene.things
-        if rng.random() < 0.5:
-            does, other = _pick(_VERBS[one.motion], rng), _pick(_VERBS[two.motion], rng)
-            return f"{_noun(one, rng)} that {does} is {words} {_noun(two, rng)} that {other}"
-        return f"{_clause(one, rng)} {words} {_noun(two, rng)} that {_pick(_VERBS[two.motion], rng)}"
+        other = f"{_noun(two, rng)} that {_pick(_VERBS[two.motion], rng)}"
+        if rng.random() < 0.6:
+            return f"{_noun(one, rng)} that {_pick(_VERBS[one.motion], rng)} is {words} {other}"
+        return f"{words} {other}, {_clause(one, rng)}"
     listed = ", ".join(_clause(thing, rng) for thing in scene.things[:-1])
     return f"{_pick(_ROWS[scene.relation], rng)}: {listed} and {_clause(scene.things[-1], rng)}"
 
@@ -157,4 +157,4 @@ def _closed(sentence: str) -> str:
 
 
 def _pick(words: Sequence[str], rng: np.random.Generator) -> str:
-    return words[rng.integers(len(words))]
+    return words[int(rng.integers(len(words)))]

@@ -7,14 +7,15 @@ garbage is graded wrong.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, permutations, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ospnext.shapes.render import signed_distance
+from ospnext.shapes.scene import COLOURS, RADII, REACH, Scene
 from ospnext.shapes.segment import PATCH, PATCH_REACH, Track, segment
-from ospnext.shapes.world import COLOURS, RADII, REACH, Scene
 
 SHAPE_FLOOR = 0.75  # least mean overlap (IoU) with a shape's outline
 COLOUR_CEILING = 55.0  # greatest distance to a colour, in weighted opponent RGB
@@ -82,7 +83,7 @@ def read(frames: np.ndarray | Tensor) -> Reading:
     """
     found = segment(frames)
     things = tuple(_see(track, found.pan) for track in found.tracks)
-    return Reading(found.count, things, _direction(*found.pan) if np.abs(found.pan).max() > _PAN_LEAST else "")
+    return Reading(found.things, things, _direction(*found.pan) if np.abs(found.pan).max() > _PAN_LEAST else "")
 
 
 def grade(frames: np.ndarray | Tensor, scene: Scene) -> Grade:
@@ -145,23 +146,28 @@ def _see(track: Track, pan: np.ndarray) -> Seen:
 
 
 def _shape(patches: np.ndarray) -> tuple[str, float]:
-    """The shape whose outline fits best over all frames, and how well (mean IoU); empty below the floor."""
-    bank, owner = _bank()
-    flat = patches.reshape(len(patches), -1).astype(np.float32)
-    common = flat @ bank.T
-    overlap = common / (flat.sum(1)[:, None] + bank.sum(1) - common)
+    """The shape whose outline fits best over the clip, and how well (mean IoU); empty below the floor."""
+    bank, sizes, owner = _bank()
+    flat = patches[:: max(1, len(patches) // 16)].reshape(-1, PATCH * PATCH).astype(np.float32)
+    common = flat @ bank
+    overlap = common / (flat.sum(1)[:, None] + sizes - common)
     names = list(REACH)
     fits = np.stack([overlap[:, owner == i].max(1) for i in range(len(names))], 1).mean(0)
     best = int(fits.argmax())
     return (names[best] if fits[best] >= SHAPE_FLOOR else ""), float(fits[best])
 
 
-@lru_cache(maxsize=1)
-def _bank() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape at every angle, upright to a full turn, each also a little thinner and fatter as blur makes it.
+class _Bank(NamedTuple):
+    """Outlines to compare with, [PATCH * PATCH, N] scaled to the area of patches, their sizes and whose each is [N]."""
 
-    Returns outlines [N, PATCH * PATCH], scaled to the area of patches, and the index of the shape of each.
-    """
+    outlines: np.ndarray
+    sizes: np.ndarray
+    owner: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def _bank() -> _Bank:
+    """Every shape at every angle, upright to a full turn, each also a little thinner and fatter as blur makes it."""
     cells = (torch.arange(PATCH) + 0.5) / PATCH * 2 - 1
     y, x = torch.meshgrid(cells * PATCH_REACH, cells * PATCH_REACH, indexing="ij")
     outlines, owner = [], []
@@ -172,13 +178,14 @@ def _bank() -> tuple[np.ndarray, np.ndarray]:
             u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
             outlines.append((signed_distance(shape, u / radius, v / radius) < swelling).flatten().numpy())
             owner.append(list(REACH).index(shape))
-    return np.stack(outlines).astype(np.float32), np.array(owner)
+    bank = np.stack(outlines, 1).astype(np.float32)
+    return _Bank(bank, bank.sum(0), np.array(owner))
 
 
 @lru_cache(maxsize=64)
 def _area(shape: str, swelling: float = 0.0) -> float:
     """The area of a shape of radius 1, its outline moved out by ``swelling``."""
-    grid = torch.linspace(-2, 2, 801)
+    grid = torch.linspace(-2, 2, 401)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
     return float((signed_distance(shape, x, y) < swelling).float().mean()) * 16
 

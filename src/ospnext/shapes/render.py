@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ospnext.shapes.world import BACKGROUNDS, COLOURS, FRAME, Background, Scene, Thing, Tracks, camera, tracks
+from ospnext.shapes.scene import BACKGROUNDS, COLOURS, FRAME, Background, Scene, Thing, Tracks, camera, tracks
 
 CHUNK_PIXELS = 2**25  # pixels drawn at once on an accelerator, about 3 GB
 CHUNK_PIXELS_CPU = 2**20  # the same on a CPU: what its caches hold is drawn twice as fast

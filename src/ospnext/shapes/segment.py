@@ -41,7 +41,7 @@ class Track(NamedTuple):
 class Segments(NamedTuple):
     """What a clip holds: how many things, their tracks (none where they are not steady), the camera's whole travel."""
 
-    count: int
+    things: int
     tracks: list[Track]
     pan: np.ndarray
 
@@ -81,7 +81,7 @@ def segment(frames: np.ndarray | Tensor) -> Segments:
     if foreground.mean() > 0.6:
         return Segments(0, [], pan)
     labels = _label(foreground)
-    blobs = _blobs(labels, distance, picture.permute(0, 2, 3, 1).numpy())
+    blobs = _blobs(labels, distance, picture.numpy())
     per_frame = np.bincount(blobs.frame, minlength=len(clip))
     count = int(np.bincount(per_frame).argmax())
     steady = np.flatnonzero(per_frame == count)
@@ -157,7 +157,8 @@ def _blobs(labels: np.ndarray, distance: np.ndarray, picture: np.ndarray) -> _Bl
     frame, y, x = np.unravel_index(where, labels.shape)
     size = np.maximum(area, 1)
     core = far > 0.8 * typical[label]
-    hues = [np.bincount(label[core], picture.reshape(-1, 3)[where[core], c], len(typical)) for c in range(3)]
+    pixels = picture[frame[core], :, y[core], x[core]]
+    hues = [np.bincount(label[core], pixels[:, channel], len(typical)) for channel in range(3)]
     cores = np.maximum(np.bincount(label[core], minlength=len(typical)), 1)
     measured = _Blobs(
         frame=(np.bincount(label, frame, len(typical)) / size).round().astype(int),
