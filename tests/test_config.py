@@ -274,6 +274,14 @@ def test_the_embedded_model_is_used_when_no_other_is_named():
         GenerateConfig(model="folder", transformer_config=weights)
 
 
+def test_a_prompt_on_the_command_line_replaces_the_files(tmp_path):
+    path = write(tmp_path, "prompt_txt: list.txt\nseed: 3\n")
+    config = load_config(GenerateConfig, path, ["prompt=a cat"])
+    assert (config.prompt, config.prompt_txt, config.seed) == ("a cat", None, 3)
+    with pytest.raises(ConfigError, match="prompt and prompt_txt are both given"):
+        load_config(GenerateConfig, path, ["prompt=a cat", "prompt_txt=other.txt"])
+
+
 def test_prompts(tmp_path):
     path = tmp_path / "list"
     path.write_text("\n  first \n\n\nsecond\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
@@ -34,6 +34,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
 
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Keys of which one at most may be given; on the command line, one replaces what the file gives."""
+
     _notices: tuple[str, ...] = PrivateAttr(default=())
 
     @property
@@ -41,11 +44,18 @@ class Config(BaseModel):
         """What the loader has to say about this configuration, a line each: for the report of the run."""
         return self._notices
 
-    def with_notices(self: "C", lines: Iterable[str]) -> "C":
+    def with_notices(self, lines: Iterable[str]) -> Self:
         """A copy that carries these further lines in ``notices``."""
         copy = self.model_copy()
         copy._notices = (*self._notices, *lines)
         return copy
+
+    @model_validator(mode="after")
+    def _one_alternative(self) -> Self:
+        given = [key for key in self.alternatives if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given: keep one")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -100,8 +110,10 @@ def load_config(
         FileNotFoundError: the file does not exist.
     """
     data = read_yaml(path) if path is not None else {}
-    for override in overrides:
-        key, value = parse_override(override) if isinstance(override, str) else override
+    pairs = [parse_override(override) if isinstance(override, str) else override for override in overrides]
+    if any(key in cls.alternatives for key, _ in pairs):
+        data = {key: value for key, value in data.items() if key not in cls.alternatives}
+    for key, value in pairs:
         _put(data, key, value)
     settled = _settle(cls, data, rules or {})
     if settled.errors:

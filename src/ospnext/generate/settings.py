@@ -42,6 +42,8 @@ WAN_SAMPLING = Sampling(49, 480, 832, 50, 0.0, 1.0, "euler")
 class GenerateConfig(RunConfig):
     """``ospnext generate``: prompts to videos."""
 
+    alternatives = ("prompt", "prompts", "prompt_txt")
+
     model: str | None = Field(
         default=None,
         description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights",
@@ -76,16 +78,13 @@ class GenerateConfig(RunConfig):
     overwrite: bool = Field(default=False, description="make videos again that exist in output_dir")
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Self:
+    def _one_model(self) -> Self:
         weights = self.transformer_config.pretrained_model_dir_or_checkpoint
         if self.model is not None and weights is not None:
             raise ValueError(
                 f"model ({self.model}) and model_config.pretrained_model_dir_or_checkpoint ({weights}) both name "
                 "weights: keep one"
             )
-        sources = [name for name in ("prompt", "prompts", "prompt_txt") if getattr(self, name) is not None]
-        if len(sources) > 1:
-            raise ValueError(f"{' and '.join(sources)} are both given: keep one")
         return self
 
     @property
