@@ -23,10 +23,10 @@ demo: setup ## make a video from a prompt with the embedded model
 	$(BIN)/ospnext generate --prompt "$(PROMPT)" output_dir=outputs/demo
 
 test: setup ## the test suite (a few minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup ## what takes longer; writes docs/test-long.txt
-	$(BIN)/python -m pytest -n 2 -m long -o console_output_style=classic | tee docs/test-long.txt
+	bash -o pipefail -c '$(BIN)/python -m pytest -n 2 -m long -o console_output_style=classic | tee docs/test-long.txt'
 
 check: setup ## lint, format, floors and types in one go
 	$(BIN)/ruff check .
