@@ -17,9 +17,11 @@ from ospnext.shapes.render import signed_distance
 from ospnext.shapes.scene import COLOURS, RADII, REACH, Scene
 from ospnext.shapes.segment import PATCH, PATCH_REACH, Track, segment
 
-SHAPE_FLOOR = 0.75  # least mean overlap (IoU) with a shape's outline
+SHAPE_FLOOR = 0.75  # least overlap (IoU) with a shape's outline, reached in three quarters of the frames
+ROUND_FLOOR = 0.85  # the same for circles and squares, which any blob comes near
 COLOUR_CEILING = 55.0  # greatest distance to a colour, in weighted opponent RGB
 MOVING, RESTING = 22.0, 12.0  # extent of a path that is a motion, and of one that is none, in pixels of 128
+LEAP = 14.0  # a speed, in extents of a path per clip, at which a thing jumps; bouncing reaches 8
 _SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4, "ring": 0, "crescent": 1}
 _ANGLES = 40  # of a full turn, at which outlines are compared
 _PAN_LEAST = 12.0
@@ -136,7 +138,7 @@ def _see(track: Track, pan: np.ndarray) -> Seen:
     return Seen(
         shape=shape,
         colour=_colour(track.colour),
-        motion=_motion(path, growth, _turns(track.patches, shape)),
+        motion=_motion(path, track.times, growth, _turns(track.patches, shape)),
         size=_size(float(np.median(track.area[:3])), shape),
         x=float(x),
         y=float(y),
@@ -146,15 +148,16 @@ def _see(track: Track, pan: np.ndarray) -> Seen:
 
 
 def _shape(patches: np.ndarray) -> tuple[str, float]:
-    """The shape whose outline fits best over the clip, and how well (mean IoU); empty below the floor."""
+    """The shape whose outline fits best, empty below the floor, and how well: the lower quartile of IoU over frames."""
     bank, sizes, owner = _bank()
     flat = patches[:: max(1, len(patches) // 16)].reshape(-1, PATCH * PATCH).astype(np.float32)
     common = flat @ bank
     overlap = common / (flat.sum(1)[:, None] + sizes - common)
     names = list(REACH)
-    fits = np.stack([overlap[:, owner == i].max(1) for i in range(len(names))], 1).mean(0)
+    fits = np.quantile([overlap[:, owner == i].max(1) for i in range(len(names))], 0.25, axis=1)
     best = int(fits.argmax())
-    return (names[best] if fits[best] >= SHAPE_FLOOR else ""), float(fits[best])
+    floor = ROUND_FLOOR if names[best] in ("circle", "square") else SHAPE_FLOOR
+    return (names[best] if fits[best] >= floor else ""), float(fits[best])
 
 
 class _Bank(NamedTuple):
@@ -194,7 +197,7 @@ def _colour(colours: np.ndarray) -> str:
     """The nearest colour name to the median of a thing's colours [K, 3], empty if none is near or they change."""
     weights = np.array([[0.15, 0.295, 0.055], [0.7, -0.59, -0.11], [-0.24, -0.472, 0.712]])
     median = np.median(colours, axis=0)
-    if np.median(np.linalg.norm((colours - median) @ weights.T, axis=1)) > COLOUR_CEILING / 2:
+    if np.quantile(np.linalg.norm((colours - median) @ weights.T, axis=1), 0.8) > COLOUR_CEILING / 2:
         return ""
     distances = np.linalg.norm((np.array(list(COLOURS.values())) - median) @ weights.T, axis=1)
     return list(COLOURS)[int(distances.argmin())] if distances.min() < COLOUR_CEILING else ""
@@ -223,12 +226,14 @@ def _turns(patches: np.ndarray, shape: str) -> float:
     return float(phase[-1] - phase[0]) / (2 * np.pi * order)
 
 
-def _motion(path: np.ndarray, growth: float, turns: float) -> str:
-    """The name of a motion, from the path [K, 2] relative to the background; empty if it is none or two at once."""
+def _motion(path: np.ndarray, times: np.ndarray, growth: float, turns: float) -> str:
+    """The motion of a path [K, 2] relative to the background at ``times`` [K]; empty if it is none, or two at once."""
     extent = np.ptp(path, axis=0)
     if extent.max() < RESTING:
         return _change(growth, turns)
     if extent.max() < MOVING or not 1 / 1.4 < growth < 1.4 or abs(turns) > 0.4:
+        return ""
+    if np.abs(np.diff(path, axis=0) / np.diff(times)[:, None]).max() > LEAP * extent.max():
         return ""
     start, end = path[:2].mean(0), path[-2:].mean(0)
     long = int(extent.argmax())

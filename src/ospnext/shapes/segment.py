@@ -213,7 +213,9 @@ def _camera(luma: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     halves = F.avg_pool2d(torch.from_numpy(luma[picks]), 2).numpy()
     things = F.max_pool2d(torch.from_numpy(foreground[picks]).float(), 2)
     free = F.max_pool2d(F.max_pool2d(things, (15, 1), 1, (7, 0)), (1, 15), 1, (0, 7)).numpy() < 0.5  # nor shadows
-    if np.mean(np.abs(np.diff(halves, axis=0))[free[1:] & free[:-1]] > 2.0) < 0.08:
+    changed = np.abs(np.diff(halves, axis=0)) > 2.0
+    both = free[1:] & free[:-1]
+    if (changed & both).sum() < 0.08 * both.sum() or not both.any():
         return np.zeros(2)
     travel = np.zeros(2)
     best_gain = 0.5  # a shift must explain at least half of the change
