@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ospnext.shapes.scene import BACKGROUNDS, COLOURS, FRAME, Background, Scene, Thing, Tracks, camera, tracks
+from ospnext.shapes.scene import BACKGROUNDS, COLOURS, FRAME, REACH, Background, Scene, Thing, Tracks, camera, tracks
 
 CHUNK_PIXELS = 2**25  # pixels drawn at once on an accelerator, about 3 GB
 CHUNK_PIXELS_CPU = 2**20  # the same on a CPU: what its caches hold is drawn twice as fast
@@ -42,8 +42,11 @@ def render(
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Distance to the outline of an upright shape of radius 1 around its centroid, negative inside; y points down."""
-    return _SHAPES[shape](x, y)
+    """Distance to the outline of an upright shape of radius 1 around its centroid, negative inside; y points down.
+
+    Exact near the outline; off a corner it is the distance to the circle that touches the farthest ones.
+    """
+    return torch.maximum(_SHAPES[shape](x, y), torch.hypot(x, y) - REACH[shape])
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -117,16 +120,23 @@ def _paint(picture: Tensor, things: Sequence[Thing], path: Tracks, x: Tensor, y:
     """Paint a thing and its shadow into each clip of ``picture``, in place; ``pixel`` is its side in the world."""
     centre_x, centre_y, radius, angle = (_per_frame(curve, x) for curve in path)
     across, down = (x - centre_x) / radius, (y - centre_y) / radius
-    distance = torch.empty(picture.shape[:4], device=x.device)
-    for shape in {thing.shape for thing in things}:
-        clips = torch.tensor([i for i, thing in enumerate(things) if thing.shape == shape], device=x.device)
-        cos, sin, u, v = angle[clips].cos(), angle[clips].sin(), across[clips], down[clips]
-        distance[clips] = signed_distance(shape, u * cos + v * sin, v * cos - u * sin)
+    distance = _distances(things, across, down, angle)
     cover = _smooth(0.5 - distance * radius / (1.5 * pixel))
     light = 1 - 0.09 * (across + down) - 0.1 * _smooth(1 + distance / 0.22)
-    shade = 1 - 0.22 * _smooth(1.15 - torch.hypot(across - 0.18, down - 0.32) / 1.5) * (1 - cover)
+    fall = _distances(things, across - 0.14, down - 0.26, angle)  # of the shadow, down and to the right
+    shade = 1 - 0.24 * _smooth(0.42 - fall / 0.75) * (1 - cover)
     colour = torch.tensor([COLOURS[thing.colour] for thing in things], device=x.device).view(-1, 1, 1, 1, 3) / 255
     return picture.mul_(shade[..., None]).lerp_((colour * light[..., None]).clamp_(0, 1), cover[..., None])
+
+
+def _distances(things: Sequence[Thing], across: Tensor, down: Tensor, angle: Tensor) -> Tensor:
+    """Each clip's signed distance to the outline of its thing, turned by ``angle``, in radii."""
+    distance = torch.empty(torch.broadcast_shapes(across.shape, down.shape), device=across.device)
+    for shape in {thing.shape for thing in things}:
+        clips = torch.tensor([i for i, thing in enumerate(things) if thing.shape == shape], device=across.device)
+        cos, sin, u, v = angle[clips].cos(), angle[clips].sin(), across[clips], down[clips]
+        distance[clips] = signed_distance(shape, u * cos + v * sin, v * cos - u * sin)
+    return distance
 
 
 def _backgrounds(scenes: Sequence[Scene], x: Tensor, y: Tensor, frames: int) -> Tensor:
