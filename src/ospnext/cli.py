@@ -47,6 +47,16 @@ COMMANDS: dict[str, Command] = {
         "ospnext.train.video_vae:VAETrainConfig",
         "ospnext.train.video_vae:run",
     ),
+    "train-text": Command(
+        "train a small text encoder on captions of moving shapes",
+        "ospnext.train.text:TextTrainConfig",
+        "ospnext.train.text:run",
+    ),
+    "evaluate-shapes": Command(
+        "grade a model on held-out prompts of the shapes world",
+        "ospnext.evaluate.shapes:EvaluateShapesConfig",
+        "ospnext.evaluate.shapes:run",
+    ),
     "convert": Command(
         "write a transformer checkpoint in another format",
         "ospnext.prepare.convert:ConvertConfig",

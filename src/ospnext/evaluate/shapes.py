@@ -39,7 +39,7 @@ class EvaluateShapesConfig(Config):
 
     model: str = Field("shapes", description="a pipeline folder, or 'shapes' (embedded)")
     output_dir: str = Field("./output_evaluation", description="where shapes.json and the first videos go")
-    world: Literal["simple", "full"] = Field("simple", description="which scenes are asked for")
+    world: Literal["large", "simple", "full"] = Field("simple", description="which scenes are asked for")
     num_prompts: int = Field(512, ge=1, description="held-out prompts")
     seed: int = Field(1, ge=0, description="of prompts and noise")
     batch_size: int = Field(16, ge=1, description="videos at once")
@@ -80,7 +80,7 @@ def run(config: EvaluateShapesConfig) -> None:
     pipe.transformer.set_attention_kernel(config.attention_kernel)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(config.seed)
-    world = World.full() if config.world == "full" else World.simple()
+    world: World = getattr(World, config.world)()
     scenes = [sample_scene(rng, world, held_out=True) for _ in range(config.num_prompts)]
     prompts = [caption(scene, rng) for scene in scenes]
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)

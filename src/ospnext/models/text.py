@@ -6,7 +6,7 @@ import re
 import ftfy
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 # What Wan2.1's weights were published with, and the default wherever a model brings nothing of its own. In English:
 # garish colours, overexposed, static, blurred details, subtitles, style, artwork, painting, picture, still, greyish
@@ -58,3 +58,19 @@ def encode_tokens(text_encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> 
     """Embeddings [B, L, text_dim] of token ids [B, L], zero where ``mask`` [B, L] is."""
     hidden = text_encoder(ids, attention_mask=mask).last_hidden_state
     return hidden.masked_fill(mask[..., None] == 0, 0)
+
+
+def small_text_encoder(width: int, vocabulary: int) -> UMT5EncoderModel:
+    """A new two-layer UMT5 encoder for short captions."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=32,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=width // 32,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -110,9 +110,7 @@ class Plan:
     """
 
     grid: Grid
-    _to: dict[Layout, torch.Tensor | None]  # row-major -> layout; None is the identity
-    _back: dict[Layout, torch.Tensor | None]  # layout -> row-major
-    _between: dict[tuple[Layout, Layout], torch.Tensor | None]
+    _index: dict[tuple[Layout, Layout], torch.Tensor | None]  # (here, there) -> places; None is the identity
     _segments: dict[Layout, tuple[int, ...]]
 
     def segments(self, layout: Layout) -> tuple[int, ...]:
@@ -121,15 +119,16 @@ class Plan:
 
     def scatter(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Row-major tokens ``[..., N, C]`` to the tokens this process owns, in the layout's order."""
-        return _select(x, self._to[layout])
+        return self.switch(x, Layout.FULL, layout)
 
     def gather(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The inverse of ``scatter``: ``[..., N, C]`` back in row-major order."""
-        return _select(x, self._back[layout])
+        return self.switch(x, layout, Layout.FULL)
 
     def switch(self, x: torch.Tensor, here: Layout, there: Layout) -> torch.Tensor:
         """Reorder tokens ``[..., N, C]`` from one layout to another."""
-        return _select(x, self._between[here, there])
+        index, inverse = self._index[here, there], self._index[there, here]
+        return x if index is None else _Reorder.apply(x, index, inverse)
 
 
 class Switch:
@@ -151,7 +150,8 @@ class Switch:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device) -> Plan:
-    orders = {layout: order(grid, layout, ratio) for layout in dict.fromkeys(layouts)}
+    # FULL is row-major order: through it tokens enter and leave the other layouts.
+    orders = {layout: order(grid, layout, ratio) for layout in {Layout.FULL, *layouts}}
     places = {layout: torch.argsort(o.permutation) for layout, o in orders.items()}
 
     def on_device(index: torch.Tensor) -> torch.Tensor | None:
@@ -159,16 +159,28 @@ def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.dev
 
     return Plan(
         grid,
-        {a: on_device(o.permutation) for a, o in orders.items()},
-        {a: on_device(place) for a, place in places.items()},
-        # The token at place i of b is the row-major token orders[b][i], which stands at places[a][...] in a.
+        # The token at place i of b is the row-major token permutation[i], which stands at places[a][...] in a.
         {(a, b): on_device(places[a][o.permutation]) for a in orders for b, o in orders.items()},
         {a: o.segments for a, o in orders.items()},
     )
 
 
-def _select(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    return x if index is None else x.index_select(-2, index)
+class _Reorder(torch.autograd.Function):
+    """A permutation of tokens ``[..., N, C]`` whose gradient is a gather too.
+
+    Autograd's own gradient of a gather adds rows up one atomic operation at a time, for it cannot know that every
+    token is taken once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(-2, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Reorder.apply(gradients[0], inverse, index), None, None
 
 
 def block_layouts(

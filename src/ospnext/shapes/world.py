@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, product
 from typing import NamedTuple
@@ -85,6 +85,11 @@ class World:
     def simple(cls) -> "World":
         """One thing on a plain background; all shapes, colours and motions."""
         return cls(patterns=("plain",), counts=(1.0, 0.0, 0.0), pan=0.0)
+
+    @classmethod
+    def large(cls) -> "World":
+        """The simple world without its small things, which take a model longest to learn."""
+        return replace(cls.simple(), sizes=("large",))
 
 
 def is_held_out(scene: Scene) -> bool:

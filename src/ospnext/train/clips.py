@@ -4,6 +4,7 @@ No file is read or written: a pool is a function of its seed, so a resumed run d
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,10 +26,14 @@ class ClipSize:
     width: int = 128
 
 
-def sample_scenes(world: World, count: int, seed: int) -> list[Scene]:
-    """``count`` scenes that training may see (none held out)."""
+WorldName = Literal["large", "simple", "full", "both"]
+
+
+def sample_scenes(world: WorldName, count: int, seed: int) -> list[Scene]:
+    """``count`` scenes that training may see (none held out); ``both`` takes half of them from each world."""
+    worlds = [World.simple(), World.full()] if world == "both" else [getattr(World, world)()]
     rng = np.random.default_rng(seed)
-    return [sample_scene(rng, world, held_out=False) for _ in range(count)]
+    return [sample_scene(rng, worlds[i * len(worlds) // count], held_out=False) for i in range(count)]
 
 
 def render_pool(scenes: list[Scene], size: ClipSize, device: torch.device, chunk: int = 64) -> torch.Tensor:
@@ -63,7 +68,8 @@ class LatentClips:
     Args:
         vae: its encoder makes the latents (the posterior mean), once.
         tokenizer: of the text encoder.
-        world, count, seed, size: which scenes.
+        scenes, size: what is rendered.
+        seed: of the wordings.
         text_len: tokens of a caption.
         drop: share of captions replaced by the empty one, for guidance.
         captions_per_clip: wordings of one scene.
@@ -73,19 +79,19 @@ class LatentClips:
         self,
         vae: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        world: World,
-        count: int,
-        seed: int,
+        scenes: list[Scene],
         size: ClipSize,
+        seed: int,
         text_len: int,
         drop: float,
         device: torch.device,
         captions_per_clip: int = 2,
     ) -> None:
-        scenes = sample_scenes(world, count, seed)
-        rng = np.random.default_rng(seed + 1)
+        rng = np.random.default_rng(seed)
         texts = [caption(scene, rng) for scene in scenes for _ in range(captions_per_clip)]
-        self.tokens = self._tokenize(tokenizer, texts, text_len).unflatten(0, (count, captions_per_clip)).to(device)
+        self.tokens = (
+            self._tokenize(tokenizer, texts, text_len).unflatten(0, (len(scenes), captions_per_clip)).to(device)
+        )
         self.empty = self._tokenize(tokenizer, [""], text_len)[0].to(device)
         self.drop = drop
         self.latents = self._encode(vae, scenes, size, device)

@@ -10,18 +10,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from ospnext.device import device_label, resolve_device, resolve_dtype
 from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
-from ospnext.models.text import encode_tokens
+from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import describe_kernel
-from ospnext.shapes.world import World
-from ospnext.train.clips import ClipSize, LatentClips
+from ospnext.train.clips import ClipSize, LatentClips, sample_scenes
 from ospnext.train.loop import LoopSettings, Losses, fit
 from ospnext.train.settings import NoiseConfig, TrainConfig
 
@@ -97,32 +96,15 @@ def build(config: TrainConfig, device: torch.device) -> Components:
     return Components(transformer, vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer)
 
 
-def small_text_encoder(width: int, vocabulary: int) -> UMT5EncoderModel:
-    """A new two-layer UMT5 encoder for short captions."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=32,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=width // 32,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-
-
 def make_data(config: TrainConfig, parts: Components, device: torch.device) -> LatentClips:
     """The rendered dataset the configuration describes."""
     dataset = config.data_config.dataset_config
     return LatentClips(
         parts.vae,
         parts.tokenizer,
-        World.full() if dataset.world == "full" else World.simple(),
-        dataset.num_clips,
-        config.seed,
+        sample_scenes(dataset.world, dataset.num_clips, config.seed),
         ClipSize(dataset.sample_num_frames, dataset.sample_height, dataset.sample_width),
+        config.seed,
         parts.transformer.config.text_len,
         dataset.text_drop_ratio,
         device,
@@ -181,8 +163,6 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
 
 def report(config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device) -> None:
     """Say what will really run."""
-    for line in config.notices:
-        print(line)
     dtype = resolve_dtype(config.weight_dtype)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in trained.items())
     print(

@@ -5,7 +5,6 @@ meet, in longer ones, a history they have never seen. Space may be cropped for m
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from ospnext.assemble import DType
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
 from ospnext.models.video_vae import decode_whole, encode_whole
-from ospnext.shapes.world import Scene, World
-from ospnext.train.clips import ClipSize, random_crops, render_pool, sample_scenes, to_video
+from ospnext.train.clips import ClipSize, WorldName, random_crops, render_pool, sample_scenes, to_video
 from ospnext.train.loop import LoopSettings, Losses, fit
 
 
@@ -54,7 +52,7 @@ class VAETrainConfig(Config):
     autocast_dtype: DType = Field("bf16", description="numbers of the forward pass; the weights are float32")
     compile: bool = Field(True, description="torch.compile encoder and decoder, on accelerators")
     architecture: VAEArchitecture = VAEArchitecture()
-    world: Literal["simple", "full", "both"] = Field("both", description="which scenes are rendered; both: half each")
+    world: WorldName = Field("both", description="which scenes are rendered; both: half each")
     num_clips: int = Field(6000, ge=1, description="clips of the pool, kept on the device")
     num_frames: int = Field(33, ge=1, description="frames of a clip, 4k+1")
     height: int = Field(128, ge=16, description="pixels")
@@ -82,7 +80,7 @@ def run(config: VAETrainConfig) -> None:
     vae = channels_last(config.architecture.build().to(device))
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters on {device_label(device)}")
     size = ClipSize(config.num_frames, config.height, config.width)
-    pool = render_pool(scenes(config), size, device)
+    pool = render_pool(sample_scenes(config.world, config.num_clips, config.seed), size, device)
     encode, decode = encode_whole, decode_whole
     if config.compile and device.type != "cpu":
         encode, decode = torch.compile(encode_whole, dynamic=False), torch.compile(decode_whole, dynamic=False)
@@ -100,13 +98,6 @@ def run(config: VAETrainConfig) -> None:
     state = fit({"vae": vae}, losses, loop_settings(config), device)
     state.average.swap()
     finish(vae, pool, Path(config.output_dir))
-
-
-def scenes(config: VAETrainConfig) -> list[Scene]:
-    """The scenes the configuration asks for."""
-    worlds = {"simple": [World.simple()], "full": [World.full()], "both": [World.simple(), World.full()]}[config.world]
-    share = -(-config.num_clips // len(worlds))
-    return [scene for world in worlds for scene in sample_scenes(world, share, config.seed)][: config.num_clips]
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
