@@ -62,7 +62,8 @@ def _keys(rows: Iterable[tuple[str, FieldInfo]]) -> Iterator[str]:
 
 def _older() -> Iterator[str]:
     yield "## Keys of older configs\n"
-    yield "Configs of OSP-Next run as they are. A key that means the same is simply read; the rest:\n"
+    yield "Configs of OSP-Next run as they are. A key that means the same is simply read; one that is left out has the"
+    yield "default above: of size, steps, guidance and shift the model's own, else Wan2.1's. The other keys:\n"
     for name in COMMANDS:
         rules = key_rules(name)
         rows = [

@@ -12,6 +12,7 @@ from ospnext.config import (
     ConfigError,
     Fate,
     KeyRule,
+    config_keys,
     dump_yaml,
     load_config,
     nearest_key,
@@ -261,7 +262,13 @@ def test_sampling_values_come_from_the_config_then_the_model_then_wan():
     config = GenerateConfig(height=64, scheduler_config=SamplerConfig(shift=3.0))
     assert config.sampling() == WAN_SAMPLING._replace(height=64, shift=3.0)
     model = {"height": 128, "width": 128, "num_frames": 33, "shift": 1.0, "negative_prompt": "", "sampler": "unipc"}
-    assert config.sampling(model) == (33, 64, 128, 50, 0.0, 3.0, "unipc")
+    assert config.sampling(model) == (33, 64, 128, 50, 5.0, 3.0, "unipc")
+
+
+def test_weights_that_say_nothing_sample_as_users_of_wan_expect():
+    assert GenerateConfig().sampling() == (81, 480, 832, 50, 5.0, 5.0, "euler")
+    described = dict(config_keys(GenerateConfig))
+    assert (described["scheduler_config.shift"].description or "").endswith("(Wan: 5.0)")
 
 
 def test_the_embedded_model_is_used_when_no_other_is_named():

@@ -8,7 +8,7 @@ import pytest
 from ospnext.assemble import RunConfig
 from ospnext.config import Config, ConfigError, Fate, config_keys, load_config, read_yaml
 from ospnext.config_keys import key_rules
-from ospnext.generate.settings import WAN_SAMPLING, GenerateConfig, read_prompts
+from ospnext.generate.settings import GenerateConfig, read_prompts
 from ospnext.train.settings import TrainConfig
 
 DATA = Path(__file__).parent / "data"
@@ -156,7 +156,6 @@ def test_defaults_are_the_seeds():
     assert (train.training_iteration, train.save_interval, train.ema_decay) == (1_000_000, 1000, 0.9999)
     optimiser = train.optimizer_config
     assert (optimiser.lr, optimiser.weight_decay, optimiser.betas, optimiser.eps) == (1e-4, 1e-2, (0.9, 0.999), 1e-15)
-    assert WAN_SAMPLING[:3] == (49, 480, 832)
 
 
 @pytest.mark.parametrize(

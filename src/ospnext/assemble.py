@@ -33,7 +33,7 @@ class ModelConfig(Config):
     cross_attn_norm: bool | None = Field(default=None, description="normalise before cross-attention")
     eps: float | None = Field(default=None, gt=0, description="epsilon of the norms")
     skiparse_model_type: Literal["full", "dual_end", "uniform"] | None = Field(
-        default=None, description="which blocks are sparse: none, all but both ends, or evenly spread"
+        default=None, description="which blocks are sparse: full none, dual_end all but both ends, uniform all"
     )
     sparse_ratio: int | None = Field(default=None, ge=1, description="P: a sparse block has P*P segments")
     num_full_blocks: int | None = Field(default=None, ge=0, description="dense blocks among num_layers")

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
+from ospnext.generate.settings import WAN_SAMPLING
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
 
 Build = Callable[..., OSPNextPipeline]
@@ -65,6 +66,12 @@ def test_a_pipeline_that_says_nothing_has_wans_prompts(build_pipeline: Build, tm
     pipe = OSPNextPipeline.from_pretrained(tmp_path)
     assert pipe.config.negative_prompt == WAN_NEGATIVE_PROMPT
     assert pipe.config.prompt_cleaning == "wan"
+
+
+def test_weights_without_a_scheduler_get_wans(pipe: OSPNextPipeline) -> None:
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    bare = OSPNextPipeline.from_parts(*parts, None, {})
+    assert bare.sampling_defaults == WAN_SAMPLING._asdict()
 
 
 def test_missing_and_renamed_weights_are_refused(pipe: OSPNextPipeline, tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ _SCHEDULERS: dict[str, Any] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
     "UniPCMultistepScheduler": UniPCMultistepScheduler,
 }
-WAN_SHIFT = 5.0
-"""Shift of Wan2.1's own sampler, for its native folder, which has no scheduler file."""
 
 
 class ComponentPaths(NamedTuple):
@@ -49,13 +47,16 @@ class ComponentPaths(NamedTuple):
 
 
 class Components(NamedTuple):
-    """The loaded parts of a pipeline, and what its model_index.json holds besides them."""
+    """The loaded parts of a pipeline, and what its model_index.json holds besides them.
+
+    ``scheduler`` is None in Wan2.1's native folder, which has none.
+    """
 
     transformer: OSPNextTransformer3DModel
     vae: AutoencoderKLWan
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
-    scheduler: Scheduler
+    scheduler: Scheduler | None
     settings: dict[str, Any]
 
 
@@ -115,19 +116,17 @@ def load_pipeline_components(
         load_vae(places.vae, vae_dtype, device, progress),
         load_text_encoder(places.text_encoder, text_encoder_dtype, text_device, progress),
         load_tokenizer(places.tokenizer),
-        load_scheduler(places.scheduler),
+        None if places.scheduler is None else load_scheduler(places.scheduler),
         places.settings,
     )
 
 
-def load_scheduler(folder: Path | None) -> Scheduler:
-    """The scheduler a folder describes; None for Wan2.1's default, Euler flow matching with shift 5.
+def load_scheduler(folder: Path) -> Scheduler:
+    """The scheduler a folder describes.
 
     Raises:
         CheckpointError: missing, or not one of the two that flow matching here knows.
     """
-    if folder is None:
-        return FlowMatchEulerDiscreteScheduler(shift=WAN_SHIFT)
     raw = read_json(folder / "scheduler_config.json")
     name = raw.get("_class_name")
     if name not in _SCHEDULERS:

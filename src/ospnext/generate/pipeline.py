@@ -30,7 +30,7 @@ from ospnext.generate.inputs import (
     check_call,
     initial_latents,
 )
-from ospnext.generate.sampler import Scheduler, make_sampler, sampler_name, sampler_shift
+from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
@@ -139,10 +139,14 @@ class OSPNextPipeline(DiffusionPipeline):
         vae: AutoencoderKLWan,
         text_encoder: UMT5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
-        scheduler: Scheduler,
+        scheduler: Scheduler | None,
         settings: Mapping[str, Any],
     ) -> Self:
-        """From loaded components and what a model_index.json says besides; other pipelines' settings are left out."""
+        """From loaded components and what a model_index.json says besides; other pipelines' settings are left out.
+
+        Weights that bring no scheduler get that of ``WAN_SAMPLING``.
+        """
+        scheduler = scheduler or make_scheduler(WAN_SAMPLING.sampler, WAN_SAMPLING.shift)
         own = {name: settings[name] for name in ("negative_prompt", "prompt_cleaning", "defaults") if name in settings}
         return cls(transformer, vae, text_encoder, tokenizer, scheduler, **own)
 

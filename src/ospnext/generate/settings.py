@@ -10,22 +10,8 @@ from ospnext.assemble import RunConfig, SchedulerConfig
 from ospnext.config import ConfigError
 
 
-class SamplerConfig(SchedulerConfig):
-    """The sampling schedule; None means the model's own value."""
-
-    num_inference_steps: int | None = Field(
-        default=None, ge=1, description="denoising steps; default: the model's (Wan: 50)"
-    )
-    guidance_scale: float | None = Field(
-        default=None, ge=0, description="classifier-free guidance, off at 1 and below; default: the model's (Wan: 0)"
-    )
-    shift: float | None = Field(
-        default=None, gt=0, description="shift of the noise levels; default: the model's (Wan: 1)"
-    )
-
-
 class Sampling(NamedTuple):
-    """The values a run samples with; ``WAN_SAMPLING`` holds those of weights that bring none."""
+    """The values a run samples with."""
 
     num_frames: int
     height: int
@@ -36,7 +22,25 @@ class Sampling(NamedTuple):
     sampler: str
 
 
-WAN_SAMPLING = Sampling(49, 480, 832, 50, 0.0, 1.0, "euler")
+WAN_SAMPLING = Sampling(81, 480, 832, 50, 5.0, 5.0, "euler")
+"""What weights that bring no values of their own sample with: what Wan2.1's users expect."""
+
+
+def _model_or_wan(field: str) -> str:
+    """The end of the description of a key that stands for a field of ``Sampling``."""
+    return f"default: the model's (Wan: {getattr(WAN_SAMPLING, field)})"
+
+
+class SamplerConfig(SchedulerConfig):
+    """The sampling schedule; None means the model's own value."""
+
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, description=f"denoising steps; {_model_or_wan('num_inference_steps')}"
+    )
+    guidance_scale: float | None = Field(
+        default=None, ge=0, description=f"classifier-free guidance, off up to 1; {_model_or_wan('guidance_scale')}"
+    )
+    shift: float | None = Field(default=None, gt=0, description=f"shift of the noise levels; {_model_or_wan('shift')}")
 
 
 class GenerateConfig(RunConfig):
@@ -56,16 +60,14 @@ class GenerateConfig(RunConfig):
     negative_prompt: str | None = Field(default=None, description="what to avoid; default: the model's own")
     num_videos_per_prompt: int = Field(default=1, ge=1, description="videos of each prompt, each with its own seed")
     batch_size: int = Field(default=1, ge=1, description="videos that are denoised together")
-    num_frames: int | None = Field(default=None, ge=1, description="frames, 4k+1; default: the model's (Wan: 49)")
-    height: int | None = Field(
-        default=None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 480)"
-    )
-    width: int | None = Field(
-        default=None, ge=16, description="pixels, a multiple of 16; default: the model's (Wan: 832)"
-    )
+    num_frames: int | None = Field(default=None, ge=1, description=f"frames, 4k+1; {_model_or_wan('num_frames')}")
+    height: int | None = Field(default=None, ge=16, description=f"pixels, multiple of 16; {_model_or_wan('height')}")
+    width: int | None = Field(default=None, ge=16, description=f"pixels, multiple of 16; {_model_or_wan('width')}")
     save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
-    sampler: Literal["euler", "unipc"] | None = Field(default=None, description="default: the model's (Wan: euler)")
+    sampler: Literal["euler", "unipc"] | None = Field(
+        default=None, description=f"euler | unipc; {_model_or_wan('sampler')}"
+    )
     guidance_mode: Literal["batched", "sequential"] = Field(
         default="batched", description="both guidance passes at once, or one after the other in less memory"
     )
