@@ -25,6 +25,7 @@ class Command(NamedTuple):
         run: ``module:function`` that takes the configuration and returns a line to print, or None.
         options: ``--option`` and the key it sets.
         arguments: the keys its plain words set, in order; () where the one plain word is a YAML file.
+        reports: whether its run says itself, in a report, what the configuration has to say (``notices``).
     """
 
     summary: str
@@ -32,6 +33,7 @@ class Command(NamedTuple):
     run: str
     options: Mapping[str, str] = {}
     arguments: tuple[str, ...] = ()
+    reports: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -40,6 +42,7 @@ COMMANDS: dict[str, Command] = {
         "ospnext.generate.settings:GenerateConfig",
         "ospnext.generate.run:run",
         options={"--prompt": "prompt", "--prompts": "prompts"},
+        reports=True,
     ),
     "train": Command("train the transformer on videos", "ospnext.train.settings:TrainConfig", "ospnext.train.sft:run"),
     "train-vae": Command(
@@ -111,7 +114,7 @@ def _run(name: str, words: Sequence[str]) -> None:
             f"{name} runs in one process, but {processes} were started (WORLD_SIZE): start it without torchrun"
         )
     config = read_config(name, command, words)
-    for line in config.notices:
+    for line in () if command.reports else config.notices:
         print(f"note: {line}", file=sys.stderr)
     if (line := _load(command.run)(config)) is not None:
         print(line)

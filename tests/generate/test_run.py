@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.generate import run as generate
 from ospnext.generate import sources
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import run
-from ospnext.generate.settings import GenerateConfig
+from ospnext.generate.settings import GenerateConfig, output_folder
 from ospnext.media import read_video, write_video
 
 Generate = Callable[..., str]
@@ -97,6 +98,39 @@ def test_a_resumed_run_makes_only_what_is_missing(make: Generate, tmp_path: Path
     assert "(1 new," in make(prompt=(*prompts, "four"))
     assert "(0 new," in make(prompt=prompts)
     assert len(manifest_of(out)["videos"]) == 4
+
+
+def test_a_prompt_names_its_folder(
+    make: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    default = {"output_dir": GenerateConfig().output_dir}
+    assert "(1 new, decoded whole) in outputs/a-red-square;" in make(**default, prompt="A red square.")
+    assert "(1 new, decoded whole) in outputs/two-blue-stars;" in make(**default, prompt="two blue stars")
+    assert "(0 new, decoded whole) in outputs/a-red-square;" in make(**default, prompt="A red square.")
+    saved = load_config(GenerateConfig, tmp_path / "outputs" / "a-red-square" / "config.yaml")
+    assert saved.output_dir == default["output_dir"]
+
+
+def test_long_prompts_that_begin_alike_have_folders_of_their_own() -> None:
+    spin = "A red star spins in the middle of a dark {} background."
+    names = {output_folder("{prompt}", [spin.format(colour)]).name for colour in ("blue", "green")}
+    assert len(names) == 2
+    assert all(len(name) == 40 and name.startswith("a-red-star-spins-in-the-middle-of") for name in names)
+    assert output_folder("out/{prompt}/1", ["雨中的/纸船"]) == Path("out/雨中的-纸船/1")
+    assert output_folder("out", ["a"]) == Path("out")
+    assert output_folder("{prompt}", ["?!"]) == Path("video")
+
+
+def test_what_the_configuration_has_to_say_is_in_the_report(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fsdp_size=8", "task=t2v", f"model={model}", "device=cpu", f"output_dir={tmp_path / 'out'}"]
+    assert main(["generate", *words, "--prompt", "a red square"]) == 0
+    said = ["task has no effect here: text to video is the only task", "one process: fsdp_size 8 becomes 1"]
+    assert manifest_of(tmp_path / "out")["report"]["notes"].splitlines() == said
+    printed = "".join(capsys.readouterr())
+    assert [printed.count(line) for line in said] == [1, 1]
 
 
 def test_nothing_is_loaded_when_all_is_there(make: Generate, monkeypatch: pytest.MonkeyPatch) -> None:

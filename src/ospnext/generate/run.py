@@ -28,7 +28,7 @@ from ospnext.config import ConfigError, dump_yaml
 from ospnext.device import device_label, resolve_device
 from ospnext.generate.manifest import Manifest, VideoTask, write_text
 from ospnext.generate.pipeline import OSPNextPipeline
-from ospnext.generate.settings import GenerateConfig, read_prompts
+from ospnext.generate.settings import GenerateConfig, output_folder, read_prompts
 from ospnext.generate.sources import Plan, load_pipeline, make_plan
 from ospnext.media import video_grid, write_video
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
@@ -52,7 +52,7 @@ def run(config: GenerateConfig) -> str:
     plan = make_plan(config, device)
     report = describe_run(config, plan, device)
     tasks = make_tasks(config, prompts, plan)
-    folder = make_folder(config.output_dir)
+    folder = make_folder(output_folder(config.output_dir, prompts))
     manifest = Manifest(folder, shared_settings(config, plan), report, config.overwrite)
     pending = [task for task in tasks if not manifest.has(task)]
     print_report(report | {"videos": f"{len(tasks)}, of which {len(tasks) - len(pending)} are there"})
@@ -80,13 +80,12 @@ def make_tasks(config: GenerateConfig, prompts: Sequence[str], plan: Plan) -> li
     return [VideoTask(i, prompt, negative, config.seed + i) for i, prompt in enumerate(each)]
 
 
-def make_folder(path: str) -> Path:
+def make_folder(folder: Path) -> Path:
     """The output folder, made if need be.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ".writable", "")
@@ -197,6 +196,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "decoding": " or ".join(_DECODING[config.vae_tiling]) + ", by the free memory",
         "idle on the CPU": ", ".join(sorted(plan.offload)).replace("_", " ") or "nothing",
         "parallel": "one process",
+        "notes": "\n".join(config.notices) or "none",
         "versions": f"ospnext {ospnext.__version__}, torch {torch.__version__}, diffusers {version('diffusers')}",
     }
 

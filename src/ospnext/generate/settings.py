@@ -1,6 +1,8 @@
-"""What ``ospnext generate`` can be told, and how its prompts and sampling values are found."""
+"""What ``ospnext generate`` can be told, and how its prompts, output folder and sampling values are found."""
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -8,6 +10,9 @@ from pydantic import Field, model_validator
 
 from ospnext.assemble import RunConfig, SchedulerConfig
 from ospnext.config import ConfigError
+
+PROMPT = "{prompt}"
+_LONGEST_NAME = 40  # characters of a folder named after a prompt
 
 
 class Sampling(NamedTuple):
@@ -77,6 +82,11 @@ class GenerateConfig(RunConfig):
     encoder_cpu_offload: bool = Field(
         default=True, description="move the text encoder off the device once prompts are encoded"
     )
+    output_dir: str = Field(
+        default=f"outputs/{PROMPT}",
+        min_length=1,
+        description=f"where the videos go; {PROMPT} stands for the first words of the first prompt",
+    )
     overwrite: bool = Field(default=False, description="make videos again that exist in output_dir")
 
     @model_validator(mode="after")
@@ -131,6 +141,18 @@ def read_prompts(config: GenerateConfig) -> list[str]:
             raise ConfigError("prompt_txt is empty: give a file or a prompt")
         return [config.prompt_txt]
     return read_prompt_file(config.prompt_txt)
+
+
+def output_folder(output_dir: str, prompts: Sequence[str]) -> Path:
+    """``output_dir`` with ``PROMPT`` replaced by a readable file name made of the first prompt.
+
+    A long prompt is cut and told from others that begin alike by a digest, so that one prompt always means one folder.
+    """
+    name = "-".join(re.findall(r"\w+", prompts[0].lower())) or "video"
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(prompts[0].encode()).hexdigest()[:6]
+        name = f"{name[: _LONGEST_NAME - 7].rstrip('-')}-{digest}"
+    return Path(output_dir.replace(PROMPT, name))
 
 
 def read_prompt_file(path: str | Path) -> list[str]:
