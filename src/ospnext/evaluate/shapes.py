@@ -6,11 +6,8 @@ the grader of ``ospnext.shapes`` reads its videos. Figures come with 95% Wilson 
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +21,14 @@ from rich.table import Table
 from ospnext.assemble import AttentionKernel, DType
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.evaluate.grading import grade_all
+from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.run import make_folder
 from ospnext.generate.sources import EMBEDDED
 from ospnext.media import contact_sheet, write_video
 from ospnext.shapes.captions import caption
-from ospnext.shapes.grade import Grade, grade
+from ospnext.shapes.grade import Grade
 from ospnext.shapes.world import Scene, World, sample_scene
 
 ATTRIBUTES = ("count", "shape", "colour", "motion", "relation", "pan")
@@ -68,11 +68,16 @@ def share(marks: Iterable[bool]) -> Share:
         return Share(0, 0, 0.0, 1.0)
     centre = (k + z * z / 2) / (n + z * z)
     reach = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return Share(k, n, centre - reach, centre + reach)
+    return Share(k, n, max(centre - reach, 0.0), min(centre + reach, 1.0))
 
 
 def run(config: EvaluateShapesConfig) -> None:
-    """Generate, grade, print a table, and write ``output_dir/shapes.json``."""
+    """Generate, grade, print a table, and write ``output_dir/shapes.json``.
+
+    Raises:
+        ValueError: the model cannot be loaded or the output cannot be written; nothing was generated.
+    """
+    make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.weight_dtype)
     folder = EMBEDDED if config.model == "shapes" else config.model
@@ -83,7 +88,6 @@ def run(config: EvaluateShapesConfig) -> None:
     world: World = getattr(World, config.world)()
     scenes = [sample_scene(rng, world, held_out=True) for _ in range(config.num_prompts)]
     prompts = [caption(scene, rng) for scene in scenes]
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     videos = generate(pipe, prompts, config)
     grades = grade_all(videos, scenes)
     result = summarise(grades, scenes)
@@ -97,23 +101,15 @@ def generate(pipe: OSPNextPipeline, prompts: Sequence[str], config: EvaluateShap
     starts = range(0, len(prompts), config.batch_size)
     for i in track(starts, description="generating", transient=True):
         some = list(prompts[i : i + config.batch_size])
-        frames = pipe(
+        (frames,) = pipe(
             some,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[torch.Generator().manual_seed(config.seed + i + k) for k in range(len(some))],
-        ).frames
+            return_dict=False,
+        )
         videos += list((frames * 255 + 0.5).astype(np.uint8))
     return videos
-
-
-def grade_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[Grade]:
-    """Grade videos in as many processes as there are cores."""
-    workers = min(os.cpu_count() or 1, len(videos))
-    if workers == 1:
-        return [grade(video, scene) for video, scene in zip(videos, scenes, strict=True)]
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(grade, videos, scenes, chunksize=4))
 
 
 def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:
@@ -150,7 +146,6 @@ def write(
         "result": {name: s._asdict() for name, s in result.items()},
         "prompts": [{"prompt": p, "grade": asdict(g)} for p, g in zip(prompts, grades, strict=True)],
     }
-    (folder / "shapes.json").write_text(json.dumps(record, indent=1) + "\n")
     for i, video in enumerate(videos[: config.keep_videos]):
         write_video(folder / f"video_{i}.mp4", video)
     if config.keep_videos:
@@ -158,4 +153,5 @@ def write(
             np.concatenate(list(video[:: max(len(video) // 4, 1)]), axis=1) for video in videos[: config.keep_videos]
         ]
         contact_sheet(np.stack(rows), folder / "contact_sheet.png", columns=1)
+    write_text(folder / "shapes.json", json.dumps(record, indent=1) + "\n")
     print(f"saved {folder / 'shapes.json'}")
