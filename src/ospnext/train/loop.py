@@ -1,10 +1,12 @@
 """The training loop, for one device: forward, backward, step, average, log, save; the same for every recipe.
 
 A recipe gives the modules it trains and a function that returns the losses of one micro-batch. Logs are JSON lines in
-``output_dir/train_log.jsonl``, one every ``log_interval`` steps, with the mean of each loss since the line before.
+``output_dir/train_log.jsonl``, one every ``log_interval`` steps and at the end, with the mean of each loss since the
+line before (or since the run was resumed).
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,9 +22,17 @@ from ospnext.train.state import TrainState, latest
 Losses = Mapping[str, torch.Tensor]  # scalars by name; "loss" is the one that is minimised
 
 
+class DivergedError(ValueError):
+    """The loss or its gradient is not finite; the message says how to go on."""
+
+
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop needs to know of a recipe's configuration."""
+    """What the loop needs to know of a recipe's configuration.
+
+    Intervals count steps of the optimiser; ``time_budget_minutes`` counts from the first step, and a step that has
+    begun is finished.
+    """
 
     output_dir: Path
     iterations: int
@@ -51,16 +61,19 @@ def fit(
 ) -> TrainState:
     """Train until the last iteration or until the time budget is spent; then save.
 
-    Resumes from the newest complete state in ``output_dir``, with the result of a run that was never interrupted.
+    Resumes from the newest state in ``output_dir``, and says so, with the result of a run that was never interrupted.
 
     Args:
         modules: what is trained, by the names it is saved under.
         losses: (generator on the device, step) -> losses of one micro-batch; called under autocast. All randomness
             must come from the two arguments.
 
+    Returns:
+        The state after the last step; its ``average`` still has to be swapped in.
+
     Raises:
-        ValueError: the state cannot be restored.
-        FloatingPointError: the loss is not finite; the last saved state is untouched.
+        StateError: a state cannot be restored or written.
+        DivergedError: the loss is not finite; saved states are untouched, and none is saved after it.
     """
     state = TrainState(
         modules,
@@ -70,7 +83,7 @@ def fit(
     )
     if (folder := latest(settings.output_dir)) is not None:
         state.load(folder)
-        print(f"resumed from {folder}")
+        print(f"resumed from {folder}: step {state.step} of {settings.iterations}")
     if settings.time_budget_minutes is None:
         deadline = float("inf")
     else:
@@ -84,8 +97,12 @@ def fit(
             if state.step % settings.log_interval == 0 or state.step == settings.iterations:
                 bar.update(task, description=log.write(state))
             if state.step % settings.save_interval == 0:
+                log.check(state.step)
                 state.save(settings.output_dir)
+    log.check(state.step)
     print(f"saved {state.save(settings.output_dir)}")
+    if state.step < settings.iterations:
+        print(f"stopped at step {state.step} of {settings.iterations}: start again to go on")
     return state
 
 
@@ -116,16 +133,34 @@ class _Log:
     def __init__(self, settings: LoopSettings, step: int) -> None:
         self.path = settings.output_dir / "train_log.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_log(self.path, step)
         self.sums: dict[str, torch.Tensor] = {}
         self.count, self.since = 0, time.monotonic()
 
     def add(self, losses: Losses) -> None:
+        """Take in the losses of one step."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
 
+    def check(self, step: int) -> None:
+        """Stop the run if anything since the last line was not finite: what a bad gradient made is not worth saving.
+
+        Raises:
+            DivergedError: names the value and the way out.
+        """
+        for name in ("loss", "grad_norm"):
+            value = self.sums[name].item() if self.count else 0.0
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{name} became {value} within the {self.count} steps before step {step}; nothing of them is "
+                    f"saved: lower the learning rate and start again, to go on from the newest state in "
+                    f"{self.path.parent}"
+                )
+
     def write(self, state: TrainState) -> str:
         """Append a line; returns the progress bar's description."""
+        self.check(state.step)
         means = {name: (value / self.count).item() for name, value in self.sums.items()}
         now = time.monotonic()
         line = {
@@ -137,12 +172,27 @@ class _Log:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.sums, self.count, self.since = {}, 0, now
-        if not torch.isfinite(torch.tensor(means["loss"])):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {state.step}: lower optimizer_config.lr, or resume from an "
-                "earlier iter_ folder with another seed"
-            )
         return f"training, loss {means['loss']:.4f}"
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Take out the lines after ``step``: a run that was killed lost these steps, and they come again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    if kept != lines:
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.write_text("".join(kept))
+        draft.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for what is none, such as the rest of a full disk."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _progress() -> Progress:

@@ -23,14 +23,17 @@ def learning_rate(step: int, peak: float, schedule: Schedule, warmup_steps: int,
 def adamw(
     modules: Mapping[str, nn.Module], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter; decay on matrices and kernels only, never on norms and biases."""
+    """AdamW over every trainable parameter; decay on those of two or more dimensions, never on vectors and biases.
+
+    The VAE's norms and the transformer's modulations have the shape of kernels, and decay with them.
+    """
     params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cuda", "cpu") for p in params)
-    # A tensor, so that a change of rate neither recompiles nor synchronises; foreach where fused is not available.
+    # None lets torch choose: one kernel for many tensors (foreach) where a fused step is not available.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
 
 
@@ -67,5 +70,5 @@ class MovingAverage:
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a total norm of ``max_norm``; returns the norm they had, unsynchronised."""
+    """Scale gradients down to a total norm of ``max_norm``; returns the norm they had, still on the device."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)
