@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= A red star spins in the middle of a dark blue background.
+PROMPT ?= A large yellow square floats upwards on a grey background.
 
 .PHONY: help setup demo test test-long check format docs clean
 .DEFAULT_GOAL := help

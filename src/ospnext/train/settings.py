@@ -31,7 +31,7 @@ class DatasetConfig(Config):
     sample_width: int = Field(default=832, ge=16, description="pixels, a multiple of 16")
     sample_num_frames: int = Field(default=49, ge=1, description="frames, 4k+1")
     text_drop_ratio: float = Field(default=0.1, ge=0, le=1, description="share of captions left out, for guidance")
-    world: Literal["simple", "full"] = Field(default="simple", description="which scenes the shapes dataset renders")
+    world: Literal["large", "simple", "full", "both"] = Field(default="simple", description="which scenes the shapes dataset renders")
     num_clips: int = Field(
         default=20_000, ge=1, description="clips of the shapes dataset, kept on the device as latents"
     )

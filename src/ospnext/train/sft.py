@@ -176,10 +176,12 @@ def export(config: TrainConfig, parts: Components, to: Path) -> None:
     """Save everything as one pipeline folder, in ``weight_dtype``, that samples as it was trained."""
     dataset = config.data_config.dataset_config
     dtype = resolve_dtype(config.weight_dtype)
+    for module in (parts.transformer, parts.vae, parts.text_encoder):
+        torch.nn.Module.to(module.eval(), dtype)  # diffusers' own ``to`` warns of layers it would keep in float32
     pipeline = OSPNextPipeline(
-        parts.transformer.eval().to(dtype),
-        parts.vae.to(dtype),
-        parts.text_encoder.eval().to(dtype),
+        parts.transformer,
+        parts.vae,
+        parts.text_encoder,
         parts.tokenizer,
         make_scheduler("euler", SAMPLING["shift"]),
         negative_prompt="",  # what the dropped captions of training were
