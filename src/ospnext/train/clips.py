@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -70,14 +71,14 @@ class LatentClips:
         tokenizer: of the text encoder.
         scenes, size: what is rendered.
         seed: of the wordings.
-        text_len: tokens of a caption.
+        text_len: tokens of a caption; how many captions are cut is said.
         drop: share of captions replaced by the empty one, for guidance.
         captions_per_clip: wordings of one scene.
     """
 
     def __init__(
         self,
-        vae: torch.nn.Module,
+        vae: AutoencoderKLWan,
         tokenizer: PreTrainedTokenizerBase,
         scenes: list[Scene],
         size: ClipSize,
@@ -99,12 +100,15 @@ class LatentClips:
     @staticmethod
     def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], text_len: int) -> torch.Tensor:
         batch = tokenizer(texts, padding="max_length", max_length=text_len, truncation=True, return_tensors="pt")
+        full = [text for text, last in zip(texts, batch.attention_mask[:, -1].tolist(), strict=True) if last]
+        if cut := sum(len(tokenizer(text).input_ids) > text_len for text in full):
+            print(f"note: {cut} of {len(texts)} captions are longer than text_len {text_len} and are cut: raise it")
         return batch.input_ids.to(torch.int32)
 
     @staticmethod
     @torch.no_grad()
     def _encode(
-        vae: torch.nn.Module, scenes: list[Scene], size: ClipSize, device: torch.device, chunk: int = 64
+        vae: AutoencoderKLWan, scenes: list[Scene], size: ClipSize, device: torch.device, chunk: int = 64
     ) -> torch.Tensor:
         latents = []
         for i in track(range(0, len(scenes), chunk), description="encoding", transient=True):

@@ -31,7 +31,9 @@ class DatasetConfig(Config):
     sample_width: int = Field(default=832, ge=16, description="pixels, a multiple of 16")
     sample_num_frames: int = Field(default=49, ge=1, description="frames, 4k+1")
     text_drop_ratio: float = Field(default=0.1, ge=0, le=1, description="share of captions left out, for guidance")
-    world: Literal["large", "simple", "full", "both"] = Field(default="simple", description="which scenes the shapes dataset renders")
+    world: Literal["large", "simple", "full", "both"] = Field(
+        default="simple", description="which scenes the shapes dataset renders"
+    )
     num_clips: int = Field(
         default=20_000, ge=1, description="clips of the shapes dataset, kept on the device as latents"
     )
@@ -59,6 +61,9 @@ class OptimizerConfig(Config):
 class TrainConfig(RunConfig):
     """``ospnext train``: supervised flow matching of the transformer."""
 
+    model: str | None = Field(
+        default=None, description="train this pipeline folder, or 'shapes' (embedded), further; default: the sections"
+    )
     training_iteration: int = Field(default=1_000_000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(
         default=None, gt=0, description="save and stop after it; start again to go on"
@@ -67,9 +72,7 @@ class TrainConfig(RunConfig):
         default=False, description="recompute activations backward: less memory, more time"
     )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="batches of one optimiser step")
-    init_max_grad_norm: float = Field(
-        default=1.0, gt=0, description="first threshold of the adaptive gradient clipping"
-    )
+    init_max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
     lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after warm-up")
     warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises from 0")
     log_interval: int = Field(default=1, ge=1, description="steps between log lines")

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ospnext.checkpoints.components import load_pipeline_components
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from ospnext.device import device_label, resolve_device, resolve_dtype
 from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
-from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.pipeline import OSPNextPipeline, size_step
+from ospnext.generate.run import make_folder
 from ospnext.generate.sampler import make_scheduler
+from ospnext.generate.sources import EMBEDDED
 from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import describe_kernel
@@ -47,10 +50,12 @@ def run(config: TrainConfig) -> None:
         raise ValueError(
             f"data_config.dataset_name is {config.data_config.dataset_name!r}: train reads 'shapes', the rendered world"
         )
+    make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic_training)
     parts = build(config, device)
+    check_fit(config, parts)
     trained: dict[str, torch.nn.Module] = {"transformer": parts.transformer.train().requires_grad_(True)}
     if config.train_text_encoder:
         trained["text_encoder"] = parts.text_encoder.train().requires_grad_(True)
@@ -60,6 +65,7 @@ def run(config: TrainConfig) -> None:
         parts.transformer.enable_gradient_checkpointing()
     if config.compile and device.type != "cpu":
         parts.transformer.compile_repeated_blocks(dynamic=False)
+        parts.text_encoder.compile(dynamic=False)
 
     def losses(generator: torch.Generator, step: int) -> Losses:
         latents, tokens = data.draw(config.data_config.batch_size, generator)
@@ -73,7 +79,12 @@ def run(config: TrainConfig) -> None:
 
 
 def build(config: TrainConfig, device: torch.device) -> Components:
-    """Load what the configuration names and make the rest anew: transformer and text encoder may start from scratch."""
+    """Load what the configuration names and make the rest anew: transformer and text encoder may start from scratch.
+
+    With ``model`` everything comes from that pipeline folder: how a finished model is trained further.
+    """
+    if config.model is not None:
+        return load_model(config, device)
     if config.vae_config.vae_path is None:
         raise ValueError("vae_config.vae_path is missing: name a trained video VAE (ospnext train-vae makes one)")
     vae = load_vae(config.vae_config.vae_path, dtype=resolve_dtype(config.vae_config.dtype), device=device)
@@ -94,6 +105,48 @@ def build(config: TrainConfig, device: torch.device) -> Components:
             "text_encoder_config.checkpoint_path is missing: name a text encoder, or set train_text_encoder"
         )
     return Components(transformer, vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer)
+
+
+def load_model(config: TrainConfig, device: torch.device) -> Components:
+    """The components of the pipeline folder ``model``, or of the embedded model."""
+    parts = load_pipeline_components(
+        EMBEDDED if config.model == "shapes" else Path(str(config.model)),
+        transformer_dtype=torch.float32,
+        vae_dtype=resolve_dtype(config.vae_config.dtype),
+        text_encoder_dtype=torch.float32,
+        device=device,
+        **config.architecture(),
+    )
+    parts.transformer.set_attention_kernel(config.attention_kernel)
+    encoder = parts.text_encoder.requires_grad_(False)
+    return Components(parts.transformer, parts.vae.requires_grad_(False), encoder, parts.tokenizer)
+
+
+def check_fit(config: TrainConfig, parts: Components) -> None:
+    """Find out before anything is rendered whether the networks fit each other, and the clips the networks.
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    transformer, vae, text = (part.config for part in (parts.transformer, parts.vae, parts.text_encoder))
+    for key, wanted, source, given in (
+        ("in_dim", transformer.in_dim, "the VAE's latent channels", vae.z_dim),
+        ("out_dim", transformer.out_dim, "the VAE's latent channels", vae.z_dim),
+        ("text_dim", transformer.text_dim, "the text encoder's width", text.d_model),
+    ):
+        if wanted != given:
+            raise ValueError(f"model_config.{key} is {wanted}, but {source} {given}: they must be equal")
+    if len(parts.tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {len(parts.tokenizer)} tokens, the text encoder {text.vocab_size}: name the "
+            "tokenizer it was trained with in text_encoder_config.text_tokenizer_path"
+        )
+    clip, step = config.data_config.dataset_config, size_step(vae, transformer)
+    if (clip.sample_num_frames - 1) % step.frames:
+        raise ValueError(f"sample_num_frames is {clip.sample_num_frames}: these networks need {step.frames}k + 1")
+    for key, unit in (("sample_height", step.height), ("sample_width", step.width)):
+        if getattr(clip, key) % unit:
+            raise ValueError(f"{key} is {getattr(clip, key)}: these networks need a multiple of {unit}")
 
 
 def make_data(config: TrainConfig, parts: Components, device: torch.device) -> LatentClips:

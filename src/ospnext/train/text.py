@@ -15,6 +15,7 @@ from transformers import ByT5Tokenizer
 
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device
+from ospnext.generate.run import make_folder
 from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.shapes.captions import caption
 from ospnext.shapes.world import BACKGROUNDS, COLOURS, MOTIONS, RADII, REACH, Scene
@@ -39,7 +40,7 @@ class TextTrainConfig(Config):
     device: str = Field("auto", description="auto | cpu | cuda | npu | mps")
     text_dim: int = Field(128, ge=32, multiple_of=32, description="width of the encoder")
     text_len: int = Field(128, ge=16, description="most tokens (bytes) of a caption")
-    num_captions: int = Field(40_000, ge=1, description="captions of the pool")
+    num_captions: int = Field(40_000, ge=10, description="captions of the pool; a tenth, 2000 at most, to measure on")
     batch_size: int = Field(128, ge=1, description="captions of a step")
     training_iteration: int = Field(3000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(None, gt=0, description="save and stop after it; start again to go on")
@@ -48,7 +49,12 @@ class TextTrainConfig(Config):
 
 
 def run(config: TextTrainConfig) -> None:
-    """Train, report how well unseen wordings are read, and save the averaged encoder."""
+    """Train, report how well captions that were kept back are read, and save the averaged encoder.
+
+    Raises:
+        ValueError: the output cannot be written, or see ``loop.fit``.
+    """
+    make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = ByT5Tokenizer()
@@ -56,7 +62,7 @@ def run(config: TextTrainConfig) -> None:
     heads = nn.ModuleDict({name: nn.Linear(config.text_dim, len(v)) for name, v in VOCABULARIES.items()}).to(device)
     print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f}M parameters on {device_label(device)}")
     ids, labels = make_captions(tokenizer, config, device)
-    held = min(len(ids) // 10, 2000)  # wordings kept back to measure on
+    held = min(len(ids) // 10, 2000)  # kept back to measure on
 
     def losses(generator: torch.Generator, step: int) -> Losses:
         chosen = torch.randint(held, len(ids), (config.batch_size,), generator=generator, device=device)
@@ -68,6 +74,7 @@ def run(config: TextTrainConfig) -> None:
         measured = reading_losses(encoder.eval(), heads, ids[:held], {name: v[:held] for name, v in labels.items()})
     print("read right: " + ", ".join(f"{name} {measured[name]:.1%}" for name in VOCABULARIES))
     encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
+    print(f"saved {Path(config.output_dir) / 'text_encoder'}")
 
 
 def make_captions(
@@ -98,16 +105,22 @@ def _label(scene: Scene, text: str, name: str) -> int:
 def reading_losses(
     encoder: nn.Module, heads: nn.ModuleDict, ids: torch.Tensor, labels: dict[str, torch.Tensor]
 ) -> Losses:
-    """Cross-entropy summed over attributes, and under each attribute's name the share that was read right."""
+    """Cross-entropy summed over attributes, and under each attribute's name the share that was read right.
+
+    Args:
+        ids: ``[B, L]``, 0 for padding.
+        labels: by attribute ``[B]``; what no caption of the batch says costs nothing.
+    """
     mask = ids != 0
     mean = encode_tokens(encoder, ids, mask).sum(1) / mask.sum(1, keepdim=True)
     result = {}
     total = mean.new_zeros(())
     for name, head in heads.items():
         logits, wanted = head(mean).float(), labels[name]
-        total = total + F.cross_entropy(logits, wanted, ignore_index=UNSAID)
         said = wanted != UNSAID
-        result[name] = ((logits.argmax(-1) == wanted) & said).sum() / said.sum().clamp(min=1)
+        count = said.sum().clamp(min=1)
+        total = total + F.cross_entropy(logits, wanted, ignore_index=UNSAID, reduction="sum") / count
+        result[name] = ((logits.argmax(-1) == wanted) & said).sum() / count
     return {"loss": total, **result}
 
 

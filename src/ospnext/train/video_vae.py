@@ -4,16 +4,19 @@ The whole clip goes through the network in one pass at its full length: causal c
 meet, in longer ones, a history they have never seen. Space may be cropped for most of the run without harm.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ospnext.assemble import DType
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.generate.run import make_folder
 from ospnext.models.video_vae import decode_whole, encode_whole
 from ospnext.train.clips import ClipSize, WorldName, random_crops, render_pool, sample_scenes, to_video
 from ospnext.train.loop import LoopSettings, Losses, fit
@@ -29,15 +32,33 @@ class VAEArchitecture(Config):
     temperal_downsample: tuple[bool, ...] = Field((True, True), description="levels that halve time")
     patch_size: int = Field(2, ge=1, description="pixels folded into channels before the first level")
 
+    @property
+    def space(self) -> int:
+        """Pixels of a latent's side."""
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def time(self) -> int:
+        """Frames of a latent frame, but for the first, which is one of its own."""
+        return 2 ** sum(self.temperal_downsample)
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temperal_downsample has {len(self.temperal_downsample)} entries for {len(self.dim_mult)} levels of "
+                f"dim_mult: it needs one less than there are levels"
+            )
+        return self
+
     def build(self) -> AutoencoderKLWan:
         """A new VAE with random weights."""
-        space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
         return AutoencoderKLWan(
             **{key: list(v) if isinstance(v, tuple) else v for key, v in self.model_dump().items()},
             in_channels=3 * self.patch_size**2,
             out_channels=3 * self.patch_size**2,
-            scale_factor_spatial=space,
-            scale_factor_temporal=2 ** sum(self.temperal_downsample),
+            scale_factor_spatial=self.space,
+            scale_factor_temporal=self.time,
             latents_mean=[0.0] * self.z_dim,
             latents_std=[1.0] * self.z_dim,
         )
@@ -72,9 +93,26 @@ class VAETrainConfig(Config):
     log_interval: int = Field(50, ge=1, description="steps between log lines")
     save_interval: int = Field(2000, ge=1, description="steps between states")
 
+    @model_validator(mode="after")
+    def _clips_fit(self) -> Self:
+        time, space = self.architecture.time, self.architecture.space
+        if (self.num_frames - 1) % time:
+            raise ValueError(f"num_frames is {self.num_frames}: this architecture needs {time}k + 1")
+        for name in ("height", "width", "crop"):
+            if getattr(self, name) % space:
+                raise ValueError(f"{name} is {getattr(self, name)}: this architecture needs a multiple of {space}")
+        if self.crop > min(self.height, self.width):
+            raise ValueError(f"crop is {self.crop}, larger than a frame of {self.height} x {self.width}")
+        return self
+
 
 def run(config: VAETrainConfig) -> None:
-    """Train, measure the latents' statistics, and save the averaged VAE as ``output_dir/vae``."""
+    """Train, measure the latents' statistics, and save the averaged VAE as ``output_dir/vae``.
+
+    Raises:
+        ValueError: the output cannot be written, or see ``loop.fit``.
+    """
+    make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
     vae = channels_last(config.architecture.build().to(device))
@@ -132,7 +170,7 @@ def reconstruction_losses(
     video: torch.Tensor,
     moments: torch.Tensor,
     noise: torch.Tensor,
-    decode=decode_whole,
+    decode: Callable[[AutoencoderKLWan, torch.Tensor], torch.Tensor] = decode_whole,
     edge_weight: float = 4.0,
     kl_weight: float = 3e-5,
 ) -> Losses:
@@ -181,4 +219,4 @@ def finish(vae: AutoencoderKLWan, pool: torch.Tensor, output_dir: Path, clips: i
     )
     psnr = 10 * torch.log10(4 / torch.cat(squared)).mean()
     vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir / "vae")
-    print(f"PSNR {psnr:.2f} dB on {len(latents)} clips; saved {output_dir / 'vae'}")
+    print(f"PSNR {psnr:.2f} dB on {len(latents)} clips of the pool; saved {output_dir / 'vae'}")
