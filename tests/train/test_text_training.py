@@ -96,7 +96,7 @@ def test_what_nobody_says_costs_nothing():
 
 
 def test_a_small_encoder_learns_to_read(tmp_path):
-    config = TextTrainConfig(output_dir=str(tmp_path), num_captions=40, training_iteration=60, log_interval=20)
+    config = TextTrainConfig(output_dir=str(tmp_path), num_captions=40, training_iteration=110, log_interval=35)
     encoder, heads = make_reader()
     ids, labels = make_captions(ByT5Tokenizer(), config, CPU)
 
