@@ -135,13 +135,16 @@ def test_a_frozen_text_encoder_stays_as_it_was(tmp_path, vae_folder):
     assert not (tmp_path / "run/iter_000000005/text_encoder.safetensors").exists()
 
 
-def test_training_starts_from_given_weights(tmp_path, vae_folder):
+@pytest.mark.parametrize("way", ["sections", "model"])
+def test_training_starts_from_given_weights(tmp_path, vae_folder, way):
     assert train(tmp_path / "first", vae_folder) == 0
     again = {
         "model_config__pretrained_model_dir_or_checkpoint": tmp_path / "first/pipeline",
         "text_encoder_config__checkpoint_path": tmp_path / "first/pipeline",
         "text_encoder_config__text_tokenizer_path": tmp_path / "first/pipeline/tokenizer",
     }
+    if way == "model":
+        again = {"model": tmp_path / "first/pipeline"}
     assert train(tmp_path / "second", vae_folder, **again, training_iteration=1, optimizer_config__lr=1e-12) == 0
     for part in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
         one, other = (load_file(tmp_path / run / "pipeline" / f"{part}.safetensors") for run in ("first", "second"))
