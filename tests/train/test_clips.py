@@ -19,11 +19,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("world", ["large", "simple", "full", "both"])
 def test_training_never_sees_what_is_held_out(world):
-    scenes = sample_scenes(world, 400, seed=3)
-    assert len(scenes) == 400
+    scenes = sample_scenes(world, 150, seed=3)
+    assert len(scenes) == 150
     assert not any(is_held_out(scene) for scene in scenes)
-    assert scenes == sample_scenes(world, 400, seed=3)
-    assert scenes != sample_scenes(world, 400, seed=4)
+    assert scenes == sample_scenes(world, 150, seed=3)
+    assert scenes != sample_scenes(world, 150, seed=4)
 
 
 def test_both_worlds_by_halves():
