@@ -72,6 +72,8 @@ def attend(
         return run(q, k, v)
     if sum(segments) != q.shape[1] or k.shape[1] != q.shape[1]:
         raise ValueError(f"segments {segments} do not add up to the {q.shape[1]} queries and {k.shape[1]} keys")
+    if not q.numel():
+        return q + k + v  # nothing to attend; q, k and v get gradients all the same
     out = []
     for start, count, length in _runs(segments):
         rows = slice(start, start + count * length)

@@ -128,7 +128,7 @@ class Plan:
     def switch(self, x: torch.Tensor, here: Layout, there: Layout) -> torch.Tensor:
         """Reorder tokens ``[..., N, C]`` from one layout to another."""
         index, inverse = self._index[here, there], self._index[there, here]
-        return x if index is None else _Reorder.apply(x, index, inverse)
+        return x if index is None or inverse is None else reorder(x, index, inverse)
 
 
 class Switch:
@@ -165,22 +165,32 @@ def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.dev
     )
 
 
-class _Reorder(torch.autograd.Function):
-    """A permutation of tokens ``[..., N, C]`` whose gradient is a gather too.
+def reorder(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, dim: int = -2) -> torch.Tensor:
+    """A permutation along one axis, whose gradient is a gather too.
 
     Autograd's own gradient of a gather adds rows up one atomic operation at a time, for it cannot know that every
     token is taken once.
+
+    Args:
+        x: tokens, ``[..., N, C]`` unless ``dim`` says where N stands.
+        index: int64 ``[N]``, the place each comes from.
+        inverse: the inverse permutation.
+        dim: the axis of tokens.
     """
+    return _Reorder.apply(x, index, inverse, dim)
 
+
+class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, dim: int) -> torch.Tensor:
         ctx.save_for_backward(index, inverse)
-        return x.index_select(-2, index)
+        ctx.dim = dim
+        return x.index_select(dim, index)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         index, inverse = ctx.saved_tensors
-        return _Reorder.apply(gradients[0], inverse, index), None, None
+        return _Reorder.apply(gradients[0], inverse, index, ctx.dim), None, None, None
 
 
 def block_layouts(

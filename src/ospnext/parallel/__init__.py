@@ -1,0 +1,5 @@
+"""Many devices: the only room that knows of more than one process.
+
+Nothing here is state of a module: a ``Mesh`` is built once and passed on, and ``apply`` puts what it implies on a
+finished model from outside.
+"""

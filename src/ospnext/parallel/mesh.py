@@ -1,0 +1,116 @@
+"""The mesh of processes: data parallel x sparse sequence parallel x Ulysses.
+
+A video's tokens are shared by ``ssp * ulysses`` processes, a *sequence*; ``dp`` sequences work on different videos.
+Sparse blocks need no communication between the ``ssp`` sub-groups of a sequence, for a sub-group owns whole segments;
+within a sub-group, and in dense blocks within the whole sequence, attention exchanges heads for tokens (Ulysses).
+
+Sizes are checked before anything is built: ``fit_sizes`` needs no process but its own.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class Sizes(NamedTuple):
+    """Processes along each axis of the mesh; neighbouring ranks are neighbours along the last axis first."""
+
+    dp: int
+    ssp: int
+    ulysses: int
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.dp * self.ssp * self.ulysses
+
+
+class Sharing(NamedTuple):
+    """How one process shares a video's tokens with others: numbers and names, so that what holds it can be copied."""
+
+    ssp: int  # sub-groups, each of which owns whole segments
+    ulysses: int  # processes of a sub-group
+    rank: int  # this process among them: sub-group * ulysses + place in the sub-group
+    group: str  # name of the process group of all of them
+    subgroup: str  # name of the process group of this process's sub-group
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run, arranged; made by ``build_mesh``."""
+
+    sizes: Sizes
+    devices: DeviceMesh  # axes dp, ssp, ulysses, and ssp and ulysses as one: sequence
+
+    @property
+    def sharing(self) -> Sharing:
+        """This process's part in its sequence."""
+        group, subgroup = (self.devices[axis].get_group().group_name for axis in ("sequence", "ulysses"))
+        rank = self.devices["sequence"].get_local_rank()
+        return Sharing(self.sizes.ssp, self.sizes.ulysses, rank, group, subgroup)
+
+
+def fit_sizes(world: int, ssp: int, ulysses: int, segments: int) -> Sizes:
+    """The mesh of a number of processes: what a sequence leaves over goes to data parallelism.
+
+    Args:
+        world: processes in all.
+        ssp: sub-groups of a sequence.
+        ulysses: processes of a sub-group.
+        segments: attention segments of the model's sparse blocks, see ``ownership.segment_count``.
+
+    Raises:
+        ValueError: the numbers do not go together; the message names those that do.
+    """
+    if world < 1:
+        raise ValueError(f"world size is {world}: it must be at least 1")
+    if min(ssp, ulysses) < 1 or segments % ssp or world % (ssp * ulysses):
+        raise ValueError(
+            f"ssp {ssp} x ulysses {ulysses} does not fit {world} processes and {segments} attention segments: ssp must "
+            f"divide the segments, and ssp x ulysses the processes. What fits: {_choices(world, segments)}"
+        )
+    return Sizes(world // (ssp * ulysses), ssp, ulysses)
+
+
+def check_segments(sizes: Sizes, segments: int) -> None:
+    """Hold a mesh to a model.
+
+    Raises:
+        ValueError: the model's sparse blocks have a number of segments that ``ssp`` does not divide.
+    """
+    fit_sizes(sizes.world, sizes.ssp, sizes.ulysses, segments)
+
+
+def build_mesh(sizes: Sizes, device_type: str) -> Mesh:
+    """Arrange the processes of this run; every one of them calls it.
+
+    The default process group is used where there is one, else torch makes it from torchrun's variables.
+
+    Args:
+        sizes: of ``fit_sizes``.
+        device_type: ``cuda``, ``cpu``, ...
+
+    Raises:
+        ValueError: the run has another number of processes.
+    """
+    if dist.is_initialized() and dist.get_world_size() != sizes.world:
+        raise ValueError(f"a mesh of {tuple(sizes)} needs {sizes.world} processes, but {dist.get_world_size()} run")
+    devices = init_device_mesh(device_type, sizes, mesh_dim_names=Sizes._fields)
+    devices["ssp", "ulysses"]._flatten("sequence")
+    return Mesh(sizes, devices)
+
+
+def _choices(world: int, segments: int) -> str:
+    """``ssp 1 with ulysses 1, 2 or 4; ssp 2 with ulysses 1 or 2; ...``"""
+    choices = []
+    for ssp in _divisors(segments):
+        if world % ssp == 0:
+            *most, last = (str(n) for n in _divisors(world // ssp))
+            choices.append(f"ssp {ssp} with ulysses {' or '.join([', '.join(most), last] if most else [last])}")
+    return "; ".join(choices)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
