@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.train.optim import MovingAverage, adamw, clip_gradients, learning_rate
 
 
@@ -35,6 +36,16 @@ def test_decay_is_for_matrices_and_kernels_only():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert [p.shape for p in decayed["params"]] == [(4, 3), (2, 4, 1, 1)]
     assert [p.shape for p in plain["params"]] == [(4,), (4,), (4,), (2,)]
+
+
+def test_norms_and_modulations_do_not_decay_whatever_their_shape():
+    vae = VAEArchitecture(base_dim=8).build()
+    transformer = OSPNextTransformer3DModel(dim=24, num_heads=2, num_layers=1, ffn_dim=24, text_dim=8, freq_dim=8)
+    plain = adamw({"vae": vae, "transformer": transformer}, 0.1, (0.9, 0.99), 1e-8, 0.05).param_groups[1]["params"]
+    names = {id(p): name for m in (vae, transformer) for name, p in m.named_parameters()}
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in plain} >= {"gamma", "modulation", "bias"}
+    decayed = set(names) - {id(p) for p in plain}
+    assert all(names[key].endswith("weight") and "norm" not in names[key] for key in decayed)
 
 
 def test_decay_shrinks_the_decayed_alone():

@@ -9,6 +9,8 @@ from torch import nn
 
 Schedule = Literal["constant", "cosine"]
 
+_DECAYING = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def learning_rate(step: int, peak: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
     """Learning rate of a step, counted from 0: a linear warm-up, then constant or a half cosine down to zero."""
@@ -23,16 +25,18 @@ def learning_rate(step: int, peak: float, schedule: Schedule, warmup_steps: int,
 def adamw(
     modules: Mapping[str, nn.Module], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter; decay on those of two or more dimensions, never on vectors and biases.
+    """AdamW over every trainable parameter; only the weights of linear, convolution and embedding layers decay.
 
-    The VAE's norms and the transformer's modulations have the shape of kernels, and decay with them.
+    Norms, biases and modulations set a scale; pulling it to zero would fight what they are there for.
     """
-    params = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    layers = (m for module in modules.values() for m in module.modules() if isinstance(m, _DECAYING))
+    weights = {id(m.weight) for m in layers}
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in weights], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in weights], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cuda", "cpu") for p in params)
+    fused = all(p.device.type in ("cuda", "cpu") for p in trained)
     # None lets torch choose: one kernel for many tensors (foreach) where a fused step is not available.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
 
