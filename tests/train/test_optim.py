@@ -8,6 +8,7 @@ from torch import nn
 
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.train.optim import MovingAverage, adamw, clip_gradients, learning_rate
+from ospnext.train.video_vae import VAEArchitecture
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
