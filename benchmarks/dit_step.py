@@ -3,7 +3,7 @@
     python benchmarks/dit_step.py --model 14b --size 720p --cases peer,full,skiparse,skiparse_masked --compile
 
 Weights are random and made on the device; each case is built, timed and freed before the next. Prints one JSON line a
-case and a table last. ``--train`` times one block forward and backward instead.
+case, the rates behind the floor and a table last. ``--train`` times one block forward and backward instead.
 """
 
 import argparse
@@ -310,6 +310,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     peers.append(result["ms"])
                 result["speedup"] = min(peers) / result["ms"] if peers else None  # beside the fastest peer so far
             records.append(measure.emit(about | result | facts))
+    for ceiling in ceilings.records():
+        measure.emit({"benchmark": "ceiling"} | ceiling | facts)
     return records
 
 

@@ -7,7 +7,7 @@ shapes and everything else were free.
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,13 @@ class Ceilings:
             return time_calls(lambda: F.linear(x, weight, bias), self.device).ms
         q, k, v = (random(op.batch, n, op.heads, op.head_dim) for n in (op.queries, op.keys, op.keys))
         return time_calls(lambda: attend(q, k, v, kernel=self.kernel), self.device).ms
+
+    def records(self) -> list[dict[str, Any]]:
+        """What has been measured so far."""
+        return [
+            {"op": type(op).__name__, **op._asdict(), "ms": ms, "tflops": op.flops / ms / 1e9}
+            for op, ms in self._ms.items()
+        ]
 
     def floor(self, work: Work) -> Floor:
         """The least time the work could take here."""
