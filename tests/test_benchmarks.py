@@ -1,0 +1,165 @@
+"""The benchmarks run on the CPU at tiny sizes, say what they promise to, and compare like with like."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ospnext.ops.layout import Grid, Layout
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ("--model", "tiny", "--size", "tiny", "--device", "cpu")
+
+
+def records(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark's module by name, as its scripts do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return import_module(name)
+
+    return load
+
+
+def test_steps_are_timed_side_by_side_and_drawn(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--cases", "peer,full,skiparse,skiparse_masked", "--layers", "5")
+    command = [sys.executable, str(BENCHMARKS / "dit_step.py"), *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = records(done.stdout)
+    steps = {line["case"]: line for line in lines if line["benchmark"] == "dit_step"}
+    assert list(steps) == ["peer", "full", "skiparse", "skiparse_masked"]
+    for line in steps.values():
+        assert line["finite"]
+        assert (line["tokens"], line["layers"], line["layers_in_model"]) == (70, 5, 10)
+        assert 0 < line["fastest"] <= line["ms"] <= line["slowest"]
+        assert line["ms_all_layers"] == pytest.approx(2 * line["ms"], rel=1e-3)
+        assert line["floor_ms"] == pytest.approx(line["floor_attention_ms"] + line["floor_linears_ms"], rel=1e-3)
+        assert line["speedup"] == pytest.approx(steps["peer"]["ms"] / line["ms"], rel=1e-3)
+        assert min(line["attention_ms"], line["linears_ms"], line["rest_ms"]) > 0
+        assert any("attention" in name for name in line["attention_kernels"])
+    assert steps["full"]["pflop"] == steps["peer"]["pflop"] > steps["skiparse"]["pflop"]
+    masked = steps["skiparse_masked"]
+    assert masked["pflop"] == steps["skiparse"]["pflop"], "padding is no work of the model"
+    assert masked["padded_tokens"] == 2 * 8 * 8
+    assert masked["error_to_skiparse"] < 1e-5, "padding and masking changes the cost, not the result"
+    assert {line["op"] for line in lines if line["benchmark"] == "ceiling"} == {"Product", "SoftmaxAttention"}
+    assert "| skiparse_masked |" in done.stdout.splitlines()[-1]
+
+    (tmp_path / "step.jsonl").write_text(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["chart.py", str(tmp_path / "step.jsonl"), "--out", str(tmp_path / "step.png")])
+    module("chart").main()
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operations_agree_with_float64(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    ops = module("ops")
+    monkeypatch.setattr(sys, "argv", ["ops.py", *TINY])
+    lines = ops.run(ops.parse_arguments())
+    assert lines == records(capsys.readouterr().out)
+    assert len(lines) == 9
+    for line in lines:
+        assert line["relative_error"] < 1e-6, line["op"]
+        assert bool(line["bytes"]) != bool(line["flops"])
+        assert line["share"] == pytest.approx(line["ceiling_ms"] / line["ms"], rel=1e-3)
+
+
+def test_blocks_are_trained(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    dit_step = module("dit_step")
+    arguments = ["dit_step.py", *TINY, "--cases", "peer,skiparse,skiparse_masked", "--train"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    lines = dit_step.run(dit_step.parse_arguments())
+    assert lines == records(capsys.readouterr().out)
+    assert [line["layout"] for line in lines] == ["full", "token", "token"]
+    assert all(line["finite"] and line["layers"] == 1 for line in lines)
+
+
+def test_a_case_that_fails_is_reported_and_the_rest_goes_on(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    dit_step = module("dit_step")
+    timed = dit_step.step
+
+    def step(case: str, *rest: Any) -> dict[str, Any]:
+        if case == "peer":
+            raise torch.OutOfMemoryError("out of memory\nand a long story")
+        return timed(case, *rest)
+
+    monkeypatch.setattr(dit_step, "step", step)
+    monkeypatch.setattr(sys, "argv", ["dit_step.py", *TINY, "--cases", "peer,full"])
+    peer, ours = dit_step.run(dit_step.parse_arguments())
+    assert peer["error"] == "OutOfMemoryError: out of memory"
+    assert ours["ms"] > 0
+    assert ours["speedup"] is None
+
+
+def test_fewer_layers_keep_the_share_of_dense_ones(module: Any) -> None:
+    network = module("work").NETWORKS["14b"]
+    assert network.depths() == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert [layout.value for layout in network.layouts(5)] == ["full", "token", "group", "token", "group"]
+    for layers in network.depths():
+        layouts = network.layouts(layers)
+        assert len(layouts) == layers == 5 * layouts.count(Layout.FULL)
+    with pytest.raises(ValueError, match="use one of 5, 10"):
+        network.layouts(7)
+
+
+def test_work_of_the_14b_model_at_720p(module: Any) -> None:
+    work = module("work")
+    grid = work.VIDEOS["720p"].grid
+    assert (grid, grid.tokens) == (Grid(21, 45, 80), 75600)
+    counted = work.work_of(work.NETWORKS["14b"], grid, (Layout.FULL,) * 40)
+    n, dim, ffn, text = 75600, 5120, 13824, 512
+    block = 2 * n * dim * (6 * dim + 2 * ffn) + 4 * text * dim * dim + 4 * n * dim * (n + text)
+    outside = 4 * n * 64 * dim + 2 * text * dim * (4096 + dim)
+    assert work.flops(counted) == 40 * block + outside
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 5, 7), Grid(1, 8, 4), Grid(3, 9, 10)], ids=str)
+def test_padded_tokens_come_back_where_they_were(module: Any, grid: Grid) -> None:
+    padded = module("padded")
+    plan = padded.PaddedPlan(grid, (Layout.FULL, Layout.TOKEN, Layout.GROUP), 2, torch.device("cpu"))
+    x = torch.randn(2, grid.tokens, 3)
+    token = plan.scatter(x, Layout.TOKEN)
+    group = plan.switch(token, Layout.TOKEN, Layout.GROUP)
+    torch.testing.assert_close(group, plan.scatter(x, Layout.GROUP), rtol=0, atol=0)
+    torch.testing.assert_close(plan.gather(group, Layout.GROUP), x, rtol=0, atol=0)
+    for layout in (Layout.TOKEN, Layout.GROUP):
+        ones = plan.scatter(torch.ones(grid.tokens, 1), layout).flatten()
+        torch.testing.assert_close(ones.bool(), plan.mask[layout].flatten())
+        assert set(plan.segments(layout)) == {plan.padded.tokens // 4}
+    assert plan.padded == padded.padded_grid(grid, 2)
+    assert F.pad(torch.ones(grid), (0, 0)).sum() == plan.mask[Layout.TOKEN].sum()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "linears"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "linears"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "linears"),
+        ("triton_red_fused__scaled_dot_product_cudnn_attention_add_mul_3", "rest"),
+        ("triton_poi_fused_addmm_gelu_2", "rest"),
+        ("void at::native::vectorized_gather_kernel<16, long>", "rest"),
+        ("Memcpy DtoD (Device -> Device)", "rest"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(module: Any, kernel: str, kind: str) -> None:
+    assert module("measure").kind_of(kernel) == kind
