@@ -1,53 +1,107 @@
-"""Real processes for tests: gloo on the CPU, a deadline for all of them, and none left behind when one fails."""
+"""Real processes for tests: gloo on the CPU, a deadline for every call, and none left behind when one fails."""
 
+import multiprocessing as mp
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+SECONDS = 100  # to start, and for any one call: far more than is needed, for the day the machine is busy
 
 
-def run_processes(world: int, function: Callable[..., None], *arguments: Any, folder: Path, seconds: float) -> None:
-    """Call ``function(rank, *arguments)`` in ``world`` fresh processes that form a gloo group.
+class Processes:
+    """A gloo group of fresh processes that call functions until they are stopped or one of them fails.
 
     Args:
         world: number of processes.
-        function: of a module, not a closure: it is imported anew.
-        arguments: passed to it.
-        folder: an empty place for their rendezvous.
-        seconds: after which all are killed.
-
-    Raises:
-        ProcessRaisedException: one of them raised; the others are ended and the message has its traceback.
-        TimeoutError: they were not done in time.
+        rendezvous: a file that does not exist yet.
     """
-    deadline = time.monotonic() + seconds
-    inner = (world, folder / f"rendezvous-{world}", seconds, function, arguments)
-    context = mp.start_processes(_member, inner, nprocs=world, join=False, start_method="spawn")
-    try:
-        while not context.join(timeout=1, grace_period=1):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{world} processes of {function.__name__} were not done after {seconds} s")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+
+    def __init__(self, world: int, rendezvous: Path) -> None:
+        self.world = world
+        context = mp.get_context("spawn")
+        self._pipes, self._members = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            member = context.Process(target=_serve, args=(rank, world, rendezvous, theirs), daemon=True)
+            member.start()
+            theirs.close()  # so that ours ends when the process does
+            self._pipes.append(ours)
+            self._members.append(member)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes are there."""
+        return all(member.is_alive() for member in self._members)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        """Call ``function(rank, *arguments)`` in all processes.
+
+        Args:
+            function: of a module, not a closure: it is imported anew.
+            arguments: passed to it.
+            seconds: after which all processes are killed.
+
+        Returns:
+            The results in order of rank.
+
+        Raises:
+            RuntimeError: a process failed or died, or time ran out. All are gone then.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        deadline = time.monotonic() + seconds
+        results: dict[int, Any] = {}
+        while len(results) < self.world:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            problem = "" if ready else f"no answer from {len(waiting)} of {self.world} processes in {seconds} s"
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    results[rank], problem = pipe.recv()
+                except EOFError:
+                    problem = "it died"
+                if problem:
+                    problem = f"process {rank}: {problem}"
+                    break
+            if problem:
+                self.kill()
+                raise RuntimeError(problem)
+        return [results[rank] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        """Let the processes take leave of each other and end."""
+        if self.alive:
+            self.run(_leave)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes whatever they do."""
+        for member in self._members:
+            member.kill()
+            member.join()
 
 
-def _member(
-    rank: int, world: int, rendezvous: Path, seconds: float, function: Callable[..., None], arguments: tuple
-) -> None:
+def _serve(rank: int, world: int, rendezvous: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
-    )
-    try:
-        function(rank, *arguments)
-        dist.barrier()  # nobody leaves while others still talk to it
-    finally:
-        dist.destroy_process_group()
+    timeout = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timeout)
+    while dist.is_initialized():
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((function(rank, *arguments), ""))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+            return
+
+
+def _leave(rank: int) -> None:
+    dist.barrier()  # nobody leaves while others still talk to it
+    dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What the tests of sequence parallelism run in every process: a model, its reference on one device, comparisons."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -8,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospnext import OSPNextModel
+from ospnext.ops.layout import Grid, Layout
 from ospnext.parallel.apply import apply_sequence_parallel
 from ospnext.parallel.mesh import Mesh, Sizes, build_mesh
-
-TOLERANCE = 1e-10
+from ospnext.parallel.sequence import ShardedAttend, ShardedSwitch
 
 
 class Setting(NamedTuple):
@@ -24,6 +27,11 @@ class Setting(NamedTuple):
     heads: int
     dense_ends: bool = True
     pattern: str = "2d"
+
+    @property
+    def segments(self) -> int:
+        """Attention segments of the sparse blocks."""
+        return self.ratio**2 if self.pattern == "2d" else self.ratio
 
     def model(self) -> Any:
         """A float64 model whose every parameter is random, in training mode."""
@@ -122,14 +130,115 @@ def sum_gradients(results: dict[str, torch.Tensor], mesh: Mesh) -> None:
     """Sum all but the output over the processes of the sequence, in place and in one piece."""
     gradients = [value for name, value in results.items() if name != "output"]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=mesh.devices["sequence"].get_group())
+    dist.all_reduce(flat, group=mesh.sequence.get_group())
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 
 
-def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str) -> None:
-    """Equal to ``TOLERANCE`` of each tensor's largest value."""
+def compare(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str, tolerance: float = 1e-10
+) -> None:
+    """Equal to ``tolerance`` of each tensor's largest value."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         error = (value - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1)
-        assert error < TOLERANCE, f"{what}: {name} is off by {error:.1e}"
+        assert error < tolerance, f"{what}: {name} is off by {error:.1e}"
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of this process and the bytes that leave it, as they happen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[str] = []
+        self.sent = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name, _ = str(function).split(".")
+        if "c10d" in namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.collectives.append(name)
+            rows, _, send, group = args  # of all_to_all_single
+            leaving = sum(send) - send[dist.get_rank(_resolve_process_group(group))]
+            self.sent += leaving * rows[:1].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+def count_of_a_step(rank: int, case: Case) -> tuple[int, int]:
+    """All-to-alls of a forward and of a backward pass."""
+    model = case.setting.model().float()
+    apply_sequence_parallel(model, mesh_of(case.sizes))
+    if case.checkpointing:
+        model.enable_gradient_checkpointing()
+    latents, timestep, text = (x.float() for x in case.setting.inputs())
+    with Traffic() as forward:
+        loss = model(latents, timestep, text).sample.square().sum()
+    with Traffic() as backward:
+        loss.backward()
+    assert {*forward.collectives, *backward.collectives} <= {"all_to_all_single"}
+    return len(forward.collectives), len(backward.collectives)
+
+
+def bytes_of_switch(rank: int, sizes: Sizes, grid: Grid, here: Layout, there: Layout) -> tuple[int, int]:
+    """Bytes this process sends in a switch, and those it holds before; one collective."""
+    switch = ShardedSwitch(mesh_of(sizes).sharing)
+    plan = switch.plan(grid, (here, there), 2, torch.device("cpu"))
+    x = plan.scatter(torch.zeros(1, grid.tokens, 8), here)
+    with Traffic() as traffic:
+        switch(x, plan, here, there)
+    assert traffic.collectives == ["all_to_all_single"]
+    return traffic.sent, x.nbytes
+
+
+def bytes_of_attention(rank: int, sizes: Sizes, grid: Grid, layout: Layout) -> tuple[int, int]:
+    """Bytes this process sends in attention of 8 channels in 4 heads, and those it holds; two collectives or none."""
+    plan = ShardedSwitch(mesh_of(sizes).sharing).plan(grid, (layout,), 2, torch.device("cpu"))
+    x = plan.scatter(torch.zeros(1, grid.tokens, 8), layout).unflatten(-1, (4, 2))
+    attend = ShardedAttend(lambda q, k, v, segments: v)
+    with Traffic() as traffic:
+        attend(x, x, x, plan.segments(layout))
+    assert len(traffic.collectives) in (0, 2)
+    return traffic.sent, x.nbytes
+
+
+def sample_then_train(rank: int, sizes: Sizes, setting: Setting, references: Path) -> None:
+    """A copy of a model made for many processes samples in inference mode; what it leaves behind serves training."""
+    with float64_throughout():
+        model = setting.model()
+        apply_sequence_parallel(model, mesh_of(sizes))
+        expected = torch.load(references, weights_only=True)[str(setting)]
+        with torch.inference_mode():
+            sampled = copy.deepcopy(model)(*setting.inputs()).sample
+        compare({"output": sampled}, {"output": expected["output"]}, "sampled")
+        ours = outputs_and_gradients(model, setting)
+        sum_gradients(ours, mesh_of(sizes))
+        compare(ours, expected, "trained")
+
+
+def compile_blocks(rank: int, sizes: Sizes, setting: Setting, references: Path) -> None:
+    """Every block is one graph, exchanges included; its results are the eager ones of one device."""
+    model = setting.model()
+    apply_sequence_parallel(model, mesh_of(sizes))
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    ours = outputs_and_gradients(model, setting)
+    sum_gradients(ours, mesh_of(sizes))
+    compare(ours, torch.load(references, weights_only=True)[str(setting)], "compiled", tolerance=2e-6)
+
+
+def kernel_names(rank: int, sizes: Sizes, setting: Setting) -> list[str]:
+    """A model's kernel before, and its blocks' after, it was chosen by name."""
+    model = setting.model()
+    apply_sequence_parallel(model, mesh_of(sizes))
+    before = model.attention_kernel
+    model.set_attention_kernel("sdpa")
+    return [before, model.attention_kernel, *{b.self_attn.attend.attend.kernel for b in model.blocks}]
+
+
+def message_of_misfit(rank: int, sizes: Sizes, segments_of: Setting | None = None) -> str:
+    """What is said where a mesh does not fit the run or, on this run's mesh, the model."""
+    try:
+        mesh = build_mesh(sizes, "cpu")
+        assert segments_of is not None
+        apply_sequence_parallel(segments_of.model(), mesh)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -42,14 +42,14 @@ class Mesh:
     """The processes of a run, arranged; made by ``build_mesh``."""
 
     sizes: Sizes
-    devices: DeviceMesh  # axes dp, ssp, ulysses, and ssp and ulysses as one: sequence
+    devices: DeviceMesh  # axes dp, ssp, ulysses
+    sequence: DeviceMesh  # the axes ssp and ulysses as one
 
     @property
     def sharing(self) -> Sharing:
         """This process's part in its sequence."""
-        group, subgroup = (self.devices[axis].get_group().group_name for axis in ("sequence", "ulysses"))
-        rank = self.devices["sequence"].get_local_rank()
-        return Sharing(self.sizes.ssp, self.sizes.ulysses, rank, group, subgroup)
+        group, subgroup = (axis.get_group().group_name for axis in (self.sequence, self.devices["ulysses"]))
+        return Sharing(self.sizes.ssp, self.sizes.ulysses, self.sequence.get_local_rank(), group, subgroup)
 
 
 def fit_sizes(world: int, ssp: int, ulysses: int, segments: int) -> Sizes:
@@ -98,8 +98,7 @@ def build_mesh(sizes: Sizes, device_type: str) -> Mesh:
     if dist.is_initialized() and dist.get_world_size() != sizes.world:
         raise ValueError(f"a mesh of {tuple(sizes)} needs {sizes.world} processes, but {dist.get_world_size()} run")
     devices = init_device_mesh(device_type, sizes, mesh_dim_names=Sizes._fields)
-    devices["ssp", "ulysses"]._flatten("sequence")
-    return Mesh(sizes, devices)
+    return Mesh(sizes, devices, devices["ssp", "ulysses"]._flatten("sequence"))
 
 
 def _choices(world: int, segments: int) -> str:
