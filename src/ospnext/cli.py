@@ -6,6 +6,7 @@ stderr), 130 interrupted.
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ OLD_VARIABLES = {"NPRC_PER_NODE": "--nproc-per-node", "PET_NNODES": "--nnodes"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="ospnext: warning: %(message)s")  # it is all that modules log
     name = words[0] if words else "--help"
     try:
         if name in ("-h", "--help"):

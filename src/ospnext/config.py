@@ -32,7 +32,14 @@ class Config(BaseModel):
     of carries its YAML key as alias; it may be given by either name in Python, in YAML by the key only.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
 
     alternatives: ClassVar[tuple[str, ...]] = ()
     """Keys of which one at most may be given; on the command line, one replaces what the file gives."""

@@ -8,32 +8,37 @@ from ospnext.generate import sources
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
 
 WAN = SizeStep(4, 16, 16)
+PARTS = {
+    "transformer": sources.Footprint(20, 10),
+    "vae": sources.Footprint(2, 5),
+    "text_encoder": sources.Footprint(20, 0),
+}
 
 
 @pytest.mark.parametrize(
     ("free", "asked", "offloaded"),
     [
-        (100, False, set()),
-        (100, True, {"vae", "text_encoder"}),
-        (50, False, {"vae", "text_encoder"}),
-        (35, False, {"vae", "text_encoder", "transformer"}),
+        (52, False, set()),
+        (52, True, {"vae", "text_encoder"}),
+        (51, False, {"vae", "text_encoder"}),
+        (40, False, {"vae", "text_encoder"}),
+        (39, False, {"vae", "text_encoder", "transformer"}),
+        (30, False, {"vae", "text_encoder", "transformer"}),
     ],
 )
 def test_offloading_follows_the_free_memory(
     monkeypatch: pytest.MonkeyPatch, free: int, asked: bool, offloaded: set[str]
 ) -> None:
     monkeypatch.setattr(sources, "free_memory", lambda device: 1000 if device.type == "cpu" else free)
-    sizes = {"transformer": 30, "vae": 2, "text_encoder": 20}
-    assert sources.choose_offload(sizes, torch.device("cuda"), asked) == offloaded
+    assert sources.choose_offload(PARTS, torch.device("cuda"), asked) == offloaded
 
 
 def test_what_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "free_memory", lambda device: 40)
-    sizes = {"transformer": 30, "vae": 2, "text_encoder": 20}
+    monkeypatch.setattr(sources, "free_memory", lambda device: 35)
     with pytest.raises(OutOfMemoryError, match="on cpu"):  # the device would do, but not the host beside it
-        sources.choose_offload(sizes, torch.device("cuda"), asked=False)
+        sources.choose_offload(PARTS, torch.device("cuda"), asked=False)
     with pytest.raises(OutOfMemoryError, match="on cpu"):
-        sources.choose_offload(sizes, torch.device("cpu"), asked=True)
+        sources.choose_offload(PARTS, torch.device("cpu"), asked=True)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,7 @@ def test_sizes_go_to_the_nearest(asked: tuple[int, int, int], made: tuple[int, i
     assert fit_size(VideoSize(*asked), WAN) == made
 
 
-@pytest.mark.parametrize("size", [(0, 64, 64), (5, 7, 64), (5, 64, 0), (5, -64, 64)])
+@pytest.mark.parametrize("size", [(0, 64, 64), (5, 7, 64), (5, 64, 0), (5, -64, 64), (5, 20000, 64)])
 def test_impossible_sizes_are_refused(size: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="cannot be made"):
         fit_size(VideoSize(*size), WAN)

@@ -21,7 +21,7 @@ from ospnext.checkpoints.load import (
     load_transformer,
     load_vae,
 )
-from ospnext.checkpoints.read import CheckpointError, read_json
+from ospnext.checkpoints.read import CheckpointError, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
 Scheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
@@ -128,18 +128,19 @@ def load_scheduler(folder: Path) -> Scheduler:
         CheckpointError: missing, or not one of the two that flow matching here knows.
     """
     raw = read_json(folder / "scheduler_config.json")
-    name = raw.get("_class_name")
+    name = str(raw.get("_class_name"))
     if name not in _SCHEDULERS:
         raise CheckpointError(f"{folder}: scheduler {name!r} is not known: use {' or '.join(_SCHEDULERS)}")
     if name == "UniPCMultistepScheduler" and not raw.get("use_flow_sigmas"):
         raise CheckpointError(f"{folder}: this UniPCMultistepScheduler is not for flow matching: set use_flow_sigmas")
-    return _SCHEDULERS[name].from_config(raw)
+    with sound_settings(folder):
+        return _SCHEDULERS[name].from_config(raw)
 
 
 def _check_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a model_index.json, once it is known to be of a pipeline that runs here."""
     name = index.get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
+    name = name[-1] if isinstance(name, list) and name else name
     if name not in _PIPELINES:
         raise CheckpointError(f"{folder}: a {name}; only {' and '.join(_PIPELINES)} can be loaded")
     parts = {key for key, value in index.items() if _is_part(value) and not key.startswith("_")}

@@ -40,7 +40,7 @@ def fill(
         weights: must hold exactly these names with these shapes.
         name_of: map from the model's names to the files'.
         dtype: of all floating point, or None to keep the files'.
-        device: where the tensors go.
+        device: where the tensors go; on meta they have shape and dtype, and no file is read beyond its header.
         progress: told about every tensor.
         keep_fp32: modules (last name of their path) that stay float32 where ``dtype`` is float16.
         ignore: tensors of the files that are not read.
@@ -52,6 +52,12 @@ def fill(
     targets = match_names(model, weights, name_of, ignore)
     wide = {n for n, target in targets.items() if dtype == torch.float16 and target.split(".")[-2] in keep_fp32}
     infos = {name: weights.tensors[name].cast(torch.float32 if name in wide else dtype) for name in targets}
+    if device.type == "meta":
+        empty = {
+            targets[name]: torch.empty(info.shape, dtype=info.dtype, device=device) for name, info in infos.items()
+        }
+        model.load_state_dict(empty, strict=False, assign=True)
+        return
     label, done, total = type(model).__name__, 0, sum(info.nbytes for info in infos.values())
     require_memory(total, device, f"{label} from {weights.source}")
     for file in weights.files:

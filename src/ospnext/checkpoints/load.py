@@ -29,7 +29,7 @@ from ospnext.checkpoints.formats import (
     native_name,
     read_settings,
 )
-from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json
+from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -59,7 +59,7 @@ def load_transformer(
         path: a folder with config.json and weights, a folder that holds one such folder (``transformer/``, or the only
             one), or a ``.safetensors``, ``.pt``, ``.pth`` file.
         dtype: of the weights in memory; None keeps the file's.
-        device: where they go.
+        device: where they go; ``meta`` checks settings, names and shapes, and reads no tensor.
         progress: called while loading with a label, bytes done and bytes in all.
         **overrides: constructor arguments. For a file they say what its shapes do not (``num_heads``, the sparse
             settings); for a folder they may only add what its config.json leaves open, such as sparse settings for
@@ -70,7 +70,7 @@ def load_transformer(
         OutOfMemoryError: the weights do not fit on the device.
     """
     settings, weights, name_of = open_transformer(path, **overrides)
-    with torch.device("meta"):
+    with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
     fill(model, weights, name_of, dtype, torch.device(device), progress)
     return model.eval()
@@ -114,8 +114,8 @@ def find_transformer(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    if (path / "transformer" / "config.json").is_file():
-        return path / "transformer"
+    if (path / "transformer").is_dir():
+        return find_transformer(path / "transformer")
     below = sorted(config.parent for config in path.glob("*/config.json"))
     if len(below) == 1:
         return below[0]
@@ -157,8 +157,9 @@ def load_vae(
             name_of, settings = vae_settings(weights.shapes)
         except ValueError as error:
             raise CheckpointError(f"{place}: {error}") from error
-    with torch.device("meta"):
+    with sound_settings(place), torch.device("meta"):
         vae = AutoencoderKLWan(**settings)
+        _check_vae(vae)
     fill(vae, weights, name_of, dtype, torch.device(device), progress)
     return vae.eval()
 
@@ -187,14 +188,14 @@ def load_text_encoder(
     ignore: set[str] = set()
     if place.is_file():
         try:
-            config = UMT5Config(**t5_settings(weights.shapes))
+            settings = t5_settings(weights.shapes)
         except ValueError as error:
             raise CheckpointError(f"{place}: {error}") from error
     else:
-        config = UMT5Config.from_dict(read_json(place / "config.json"))
+        settings = read_json(place / "config.json")
         name_of, ignore = _embedding_names(weights)
-    with torch.device("meta"):
-        encoder = UMT5EncoderModel(config)
+    with sound_settings(place), torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config.from_dict(settings))
     fill(encoder, weights, name_of, dtype, torch.device(device), progress, encoder._keep_in_fp32_modules or (), ignore)
     encoder.tie_weights()
     return encoder.eval()
@@ -219,6 +220,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _check_vae(vae: AutoencoderKLWan) -> None:
+    """Raise ValueError for a VAE of another kind, or one that compresses otherwise than its config says."""
+    if vae.config.is_residual:
+        raise ValueError("this is Wan2.2's autoencoder: use Wan2.1's")
+    halvings = vae.config.temperal_downsample
+    scales = 2 ** sum(halvings), (vae.config.patch_size or 1) * 2 ** len(halvings)
+    said = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    if said != scales:
+        raise ValueError(f"scale_factor_temporal and _spatial are {said}, but its layers compress by {scales}")
 
 
 def _folder_settings(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -17,12 +17,16 @@ from pickle import UnpicklingError  # only the exception: torch's weights-only r
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})$")
+
+# What constructors of other libraries raise on settings that make no sense.
+_UNSOUND = (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError)
 
 # What trainers put around a flat dict of weights, and before its names.
 _WRAPPERS = ("state_dict", "model", "module")
@@ -204,6 +208,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}, not an object")
     return data
+
+
+@contextmanager
+def sound_settings(place: Path) -> Iterator[None]:
+    """Build something from the settings at ``place``; that they make no sense, constructors say in many ways.
+
+    Raises:
+        CheckpointError: for any of them.
+    """
+    try:
+        yield
+    except _UNSOUND as error:
+        raise CheckpointError(f"{place}: its settings do not fit ({' '.join(str(error).split())[:200]})") from error
 
 
 def list_names(names: list[str], limit: int = 10) -> str:

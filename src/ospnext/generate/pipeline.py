@@ -31,7 +31,7 @@ from ospnext.generate.inputs import (
     initial_latents,
 )
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
-from ospnext.generate.settings import WAN_SAMPLING
+from ospnext.generate.settings import WAN_SAMPLING, read_model_settings
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -147,8 +147,7 @@ class OSPNextPipeline(DiffusionPipeline):
         Weights that bring no scheduler get that of ``WAN_SAMPLING``.
         """
         scheduler = scheduler or make_scheduler(WAN_SAMPLING.sampler, WAN_SAMPLING.shift)
-        own = {name: settings[name] for name in ("negative_prompt", "prompt_cleaning", "defaults") if name in settings}
-        return cls(transformer, vae, text_encoder, tokenizer, scheduler, **own)
+        return cls(transformer, vae, text_encoder, tokenizer, scheduler, **read_model_settings(settings))
 
     # ── what the model brings ─────────────────────────────────────────────────────────────────────────────────────────
 

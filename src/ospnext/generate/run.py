@@ -29,15 +29,13 @@ from ospnext.device import device_label, resolve_device
 from ospnext.generate.manifest import Manifest, VideoTask, write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.settings import GenerateConfig, output_folder, read_prompts
-from ospnext.generate.sources import Plan, load_pipeline, make_plan
+from ospnext.generate.sources import DECODING, Plan, load_pipeline, make_plan
 from ospnext.media import video_grid, write_video
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
-from ospnext.models.video_vae import DECODE_MODES, DecodeMode
 from ospnext.ops.attention import describe_kernel
 from ospnext.ops.layout import Layout, block_layouts
 
 GRID = "video_grid.mp4"
-_DECODING: dict[str, tuple[DecodeMode, ...]] = {"auto": DECODE_MODES, "on": ("tiled",), "off": ("whole", "chunked")}
 
 
 def run(config: GenerateConfig) -> str:
@@ -99,7 +97,7 @@ def make_videos(
     pipe: OSPNextPipeline, config: GenerateConfig, plan: Plan, tasks: Sequence[VideoTask], manifest: Manifest
 ) -> None:
     """Sample and decode in batches; every video is on disk and in the manifest before the next one is decoded."""
-    pipe.decode_modes = _DECODING[config.vae_tiling]
+    pipe.decode_modes = DECODING[config.vae_tiling]
     size = {name: getattr(plan.sampling, name) for name in ("num_frames", "height", "width")}
     with _progress(len(tasks), plan.sampling.num_inference_steps) as bars:
         for first in range(0, len(tasks), config.batch_size):
@@ -193,7 +191,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "size": f"{sampling.num_frames} frames of {sampling.width} x {sampling.height} at {config.save_fps:g} fps",
         "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps, shift {sampling.shift:g}",
         "guidance": f"{sampling.guidance_scale:g}, {config.guidance_mode}" if guided else "off",
-        "decoding": " or ".join(_DECODING[config.vae_tiling]) + ", by the free memory",
+        "decoding": " or ".join(DECODING[config.vae_tiling]) + ", by the free memory",
         "idle on the CPU": ", ".join(sorted(plan.offload)).replace("_", " ") or "nothing",
         "parallel": "one process",
         "notes": "\n".join(config.notices) or "none",

@@ -4,12 +4,19 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ospnext.assemble import RunConfig, SchedulerConfig
-from ospnext.config import ConfigError
+from ospnext.config import Config, ConfigError, describe_errors
+
+Frames = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=16)]
+Steps = Annotated[int, Field(ge=1)]
+Guidance = Annotated[float, Field(ge=0)]
+Shift = Annotated[float, Field(gt=0)]
+SamplerName = Literal["euler", "unipc"]
 
 PROMPT = "{prompt}"
 _LONGEST_NAME = 40  # characters of a folder named after a prompt
@@ -39,13 +46,50 @@ def _model_or_wan(field: str) -> str:
 class SamplerConfig(SchedulerConfig):
     """The sampling schedule; None means the model's own value."""
 
-    num_inference_steps: int | None = Field(
-        default=None, ge=1, description=f"denoising steps; {_model_or_wan('num_inference_steps')}"
+    num_inference_steps: Steps | None = Field(
+        default=None, description=f"denoising steps; {_model_or_wan('num_inference_steps')}"
     )
-    guidance_scale: float | None = Field(
-        default=None, ge=0, description=f"classifier-free guidance, off up to 1; {_model_or_wan('guidance_scale')}"
+    guidance_scale: Guidance | None = Field(
+        default=None, description=f"classifier-free guidance, off up to 1; {_model_or_wan('guidance_scale')}"
     )
-    shift: float | None = Field(default=None, gt=0, description=f"shift of the noise levels; {_model_or_wan('shift')}")
+    shift: Shift | None = Field(default=None, description=f"shift of the noise levels; {_model_or_wan('shift')}")
+
+
+class ModelDefaults(Config, extra="ignore"):
+    """What a model is sampled with where nobody says: the fields of ``Sampling`` that its folder gives."""
+
+    num_frames: Frames | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    shift: Shift | None = None
+    sampler: SamplerName | None = None
+
+
+class ModelSettings(Config, extra="ignore"):
+    """What model_index.json says besides the parts, as far as a pipeline of ours reads it."""
+
+    negative_prompt: str | None = None
+    prompt_cleaning: Literal["wan", "none"] | None = None
+    defaults: ModelDefaults = ModelDefaults()
+
+
+def read_model_settings(settings: Mapping[str, Any], where: str | Path = "model_index.json") -> dict[str, Any]:
+    """The settings of ``ModelSettings`` that are given, checked.
+
+    Args:
+        settings: what model_index.json holds besides the parts; null means not given.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: one is of another type, or out of range.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return ModelSettings.model_validate(given).model_dump(exclude_unset=True, exclude_none=True)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe_errors(ModelSettings, error)}") from error
 
 
 class GenerateConfig(RunConfig):
@@ -65,14 +109,12 @@ class GenerateConfig(RunConfig):
     negative_prompt: str | None = Field(default=None, description="what to avoid; default: the model's own")
     num_videos_per_prompt: int = Field(default=1, ge=1, description="videos of each prompt, each with its own seed")
     batch_size: int = Field(default=1, ge=1, description="videos that are denoised together")
-    num_frames: int | None = Field(default=None, ge=1, description=f"frames, 4k+1; {_model_or_wan('num_frames')}")
-    height: int | None = Field(default=None, ge=16, description=f"pixels, multiple of 16; {_model_or_wan('height')}")
-    width: int | None = Field(default=None, ge=16, description=f"pixels, multiple of 16; {_model_or_wan('width')}")
+    num_frames: Frames | None = Field(default=None, description=f"frames, 4k+1; {_model_or_wan('num_frames')}")
+    height: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('height')}")
+    width: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('width')}")
     save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
-    sampler: Literal["euler", "unipc"] | None = Field(
-        default=None, description=f"euler | unipc; {_model_or_wan('sampler')}"
-    )
+    sampler: SamplerName | None = Field(default=None, description=f"euler | unipc; {_model_or_wan('sampler')}")
     guidance_mode: Literal["batched", "sequential"] = Field(
         default="batched", description="both guidance passes at once, or one after the other in less memory"
     )

@@ -3,6 +3,8 @@
 import logging
 from typing import NamedTuple
 
+from ospnext.ops.rope import MAX_POSITIONS
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +28,8 @@ def fit_size(size: VideoSize, step: SizeStep) -> VideoSize:
     """The size nearest to ``size`` that the model can make; another one than asked for is said in a warning.
 
     Raises:
-        ValueError: nothing near can be made: no frame, or sides of less than half a step.
+        ValueError: nothing near can be made: no frame, sides of less than half a step, or more tokens along an axis
+            than the model has positions.
     """
     fitted = VideoSize(
         1 + step.frames * _nearest(size.num_frames - 1, step.frames),
@@ -37,6 +40,12 @@ def fit_size(size: VideoSize, step: SizeStep) -> VideoSize:
         raise ValueError(
             f"num_frames {size.num_frames}, height {size.height}, width {size.width} cannot be made: the least is 1 "
             f"frame of {step.height} by {step.width}"
+        )
+    most = VideoSize(1 + step.frames * (MAX_POSITIONS - 1), step.height * MAX_POSITIONS, step.width * MAX_POSITIONS)
+    if any(asked > limit for asked, limit in zip(fitted, most, strict=True)):
+        raise ValueError(
+            f"num_frames {size.num_frames}, height {size.height}, width {size.width} cannot be made: the most is "
+            f"{most.num_frames} frames, {most.height} high and {most.width} wide"
         )
     if fitted != size:
         logger.warning(

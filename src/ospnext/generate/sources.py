@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 import ospnext
 from ospnext.checkpoints.components import ComponentPaths, find_components, load_scheduler
@@ -17,17 +20,20 @@ from ospnext.checkpoints.load import (
     load_tokenizer,
     load_transformer,
     load_vae,
-    open_transformer,
 )
-from ospnext.checkpoints.memory import OutOfMemoryError, checkpoint_bytes
-from ospnext.checkpoints.read import read_json
+from ospnext.checkpoints.memory import OutOfMemoryError
 from ospnext.device import free_memory, resolve_dtype
 from ospnext.generate.pipeline import OSPNextPipeline, size_step
-from ospnext.generate.sampler import Scheduler, make_scheduler, sampler_name, sampler_shift
-from ospnext.generate.settings import GenerateConfig, Sampling
+from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
+from ospnext.generate.settings import GenerateConfig, Sampling, read_model_settings
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode_bytes
 
 EMBEDDED = Path(ospnext.__file__).parent / "assets" / "shapes"
+DECODING: dict[str, tuple[DecodeMode, ...]] = {"auto": DECODE_MODES, "on": ("tiled",), "off": ("whole", "chunked")}
+"""Ways the autoencoder may decode, best first, by ``vae_tiling``."""
+
 _GIB = 2**30
 
 
@@ -37,6 +43,13 @@ class Dtypes(NamedTuple):
     transformer: torch.dtype
     vae: torch.dtype
     text_encoder: torch.dtype
+
+
+class Footprint(NamedTuple):
+    """Bytes that a component takes: its weights, and what else while it works."""
+
+    weights: int
+    work: int
 
 
 class Plan(NamedTuple):
@@ -51,23 +64,51 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: GenerateConfig, device: torch.device) -> Plan:
-    """Settle everything about a run from headers and small files.
+    """Settle and check everything about a run from headers and small files; no tensor is read.
 
     Raises:
         ValueError: something is missing, impossible or too large; one line that names it and the way out.
     """
     places = find_sources(config)
     dtypes = choose_dtypes(config, device)
-    settings, weights, _ = open_transformer(places.transformer, **config.architecture())
-    step = size_step(_vae_scales(places.vae), settings)
-    sampling = choose_sampling(config, places, step)
-    sizes = {
-        "transformer": weights.nbytes(dtypes.transformer)
-        + _working_bytes(config, settings, sampling, step, dtypes.transformer),
-        "vae": checkpoint_bytes(places.vae, dtypes.vae),
-        "text_encoder": checkpoint_bytes(places.text_encoder, dtypes.text_encoder),
+    transformer = load_transformer(places.transformer, dtype=dtypes.transformer, device="meta", **config.architecture())
+    vae = load_vae(places.vae, dtypes.vae, "meta")
+    text_encoder = load_text_encoder(places.text_encoder, dtypes.text_encoder, "meta")
+    check_fit(transformer, vae, text_encoder, load_tokenizer(places.tokenizer))
+    sampling = choose_sampling(config, places, size_step(vae.config, transformer.config))
+    make_sampler(choose_scheduler(config, places, sampling), sampling.num_inference_steps, 1, torch.device("cpu"))
+    parts = {
+        "transformer": Footprint(_nbytes(transformer), transformer_bytes(config, transformer, vae, sampling)),
+        "vae": Footprint(_nbytes(vae), vae_bytes(config, vae, sampling)),
+        "text_encoder": Footprint(_nbytes(text_encoder), 0),
     }
-    return Plan(places, settings, dtypes, sampling, choose_offload(sizes, device, asked=config.encoder_cpu_offload))
+    offload = choose_offload(parts, device, asked=config.encoder_cpu_offload)
+    return Plan(places, dict(transformer.config), dtypes, sampling, offload)
+
+
+def check_fit(
+    transformer: OSPNextTransformer3DModel,
+    vae: AutoencoderKLWan,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise ValueError on components that were not made for each other; they may be on meta."""
+    latents = transformer.config.in_dim, transformer.config.out_dim
+    if latents != (vae.config.z_dim, vae.config.z_dim):
+        raise ValueError(
+            f"the transformer goes from {latents[0]} latent channels to {latents[1]}, but the autoencoder has "
+            f"{vae.config.z_dim}: use the ones that belong together"
+        )
+    if transformer.config.text_dim != text_encoder.config.d_model:
+        raise ValueError(
+            f"the transformer reads text of width {transformer.config.text_dim}, but the text encoder makes "
+            f"{text_encoder.config.d_model}: use the ones that belong together"
+        )
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the text encoder {text_encoder.config.vocab_size}: use "
+            "the ones that belong together"
+        )
 
 
 def find_sources(config: GenerateConfig) -> ComponentPaths:
@@ -86,7 +127,8 @@ def find_sources(config: GenerateConfig) -> ComponentPaths:
     settings: dict[str, Any] = {}
     scheduler = None
     if (home / "model_index.json").is_file():
-        _, _, _, _, scheduler, settings = find_components(home)
+        _, _, _, _, scheduler, said = find_components(home)
+        settings = read_model_settings(said, home / "model_index.json")
     vae, text, near = config.vae_config, config.text_encoder_config, home if home.is_dir() else home.parent
     return ComponentPaths(
         home,
@@ -109,7 +151,10 @@ def _find(given: str | None, near: Path, names: tuple[str, str], key: str) -> Pa
         if (root / name).exists():
             return root / name
     if given is None:
-        raise ValueError(f"{key} is not set, and {root} holds neither {names[0]}/ nor {names[1]}: set it")
+        raise ValueError(
+            f"{key} is not set, and {root} holds neither {names[0]}/ nor {names[1]}: set it, or name a whole pipeline "
+            "folder as model"
+        )
     return root
 
 
@@ -127,20 +172,21 @@ def choose_sampling(config: GenerateConfig, places: ComponentPaths, step: SizeSt
     Raises:
         ValueError: a size that cannot be made.
     """
-    defaults: Mapping[str, Any] = places.settings.get("defaults") or {}
+    defaults = dict(places.settings.get("defaults", {}))
     if places.scheduler is not None:
         scheduler = load_scheduler(places.scheduler)
-        defaults = {**defaults, "shift": sampler_shift(scheduler), "sampler": sampler_name(scheduler)}
+        own = {"shift": sampler_shift(scheduler), "sampler": sampler_name(scheduler)}
+        defaults |= read_model_settings({"defaults": own}, places.scheduler)["defaults"]
     sampling = config.sampling(defaults)
     size = fit_size(VideoSize(sampling.num_frames, sampling.height, sampling.width), step)
     return sampling._replace(**size._asdict())
 
 
-def choose_offload(sizes: Mapping[str, int], device: torch.device, asked: bool) -> frozenset[str]:
+def choose_offload(parts: Mapping[str, Footprint], device: torch.device, asked: bool) -> frozenset[str]:
     """The fewest components that must leave the device between uses, at least the encoders if ``asked``.
 
     Args:
-        sizes: bytes by component.
+        parts: by component.
         device: where the run computes.
         asked: keep the text encoder and the autoencoder off the device in any case.
 
@@ -149,34 +195,48 @@ def choose_offload(sizes: Mapping[str, int], device: torch.device, asked: bool) 
     """
     host = torch.device("cpu")
     encoders = frozenset(("vae", "text_encoder"))
-    ways = {
-        frozenset[str](): sum(sizes.values()),
-        encoders: sizes["transformer"] + max(sizes["vae"], sizes["text_encoder"]),
-        encoders | {"transformer"}: max(sizes.values()),
-    }
+    ways = [frozenset[str](), encoders, encoders | {"transformer"}]
     if device == host:
-        return _fitting({frozenset[str](): sum(sizes.values())}, host)
-    if asked:
-        ways.pop(frozenset())
-    offload = _fitting(ways, device)
-    _fitting({offload: sum(sizes[name] for name in offload)}, host)
+        ways = ways[:1]
+    elif asked:
+        ways = ways[1:]
+    offload = _fitting({way: device_bytes(parts, way) for way in ways}, device)
+    if offload:
+        _fitting({offload: sum(parts[name].weights for name in offload)}, host)
     return offload
 
 
-def _vae_scales(path: Path) -> dict[str, int]:
-    """Compression of a VAE by the names of its config; Wan2.1's file, which has none, compresses 4 by 8 by 8."""
-    said = read_json(path / "config.json") if path.is_dir() else {}
-    return {"scale_factor_temporal": 4, "scale_factor_spatial": 8} | said
+def device_bytes(parts: Mapping[str, Footprint], offload: frozenset[str]) -> int:
+    """Peak bytes on the device: what stays there all the time, and the component at work."""
+    resident = sum(part.weights for name, part in parts.items() if name not in offload)
+    return max(resident + part.work + (part.weights if name in offload else 0) for name, part in parts.items())
 
 
-def _working_bytes(
-    config: GenerateConfig, settings: Mapping[str, Any], sampling: Sampling, step: SizeStep, dtype: torch.dtype
+def transformer_bytes(
+    config: GenerateConfig, transformer: OSPNextTransformer3DModel, vae: AutoencoderKLWan, sampling: Sampling
 ) -> int:
     """What one call of the transformer takes besides its weights: some ten hidden states and two feed-forward ones."""
+    settings = transformer.config
+    step = size_step(vae.config, settings)
     tokens = (1 + (sampling.num_frames - 1) // step.frames) * (sampling.height // step.height)
     tokens *= sampling.width // step.width
     passes = config.batch_size * (2 if sampling.guidance_scale > 1 and config.guidance_mode == "batched" else 1)
-    return passes * tokens * (10 * settings["dim"] + 2 * settings["ffn_dim"]) * dtype.itemsize
+    return passes * tokens * (10 * settings.dim + 2 * settings.ffn_dim) * transformer.dtype.itemsize
+
+
+def vae_bytes(config: GenerateConfig, vae: AutoencoderKLWan, sampling: Sampling) -> int:
+    """What decoding one clip takes besides the weights, in the way of least memory that is allowed."""
+    scales = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    frames = 1 + (sampling.num_frames - 1) // scales[0]
+    latents = torch.empty(
+        1, vae.config.z_dim, frames, sampling.height // scales[1], sampling.width // scales[1], device="meta"
+    )
+    return decode_bytes(vae, latents, DECODING[config.vae_tiling][-1])
+
+
+def _nbytes(module: nn.Module) -> int:
+    """Bytes of a module's tensors, also on meta; tied ones count once."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _fitting(ways: Mapping[frozenset[str], int], device: torch.device) -> frozenset[str]:
@@ -217,7 +277,7 @@ def load_pipeline(
         load_vae(places.vae, dtypes.vae, home("vae"), progress),
         load_text_encoder(places.text_encoder, dtypes.text_encoder, home("text_encoder"), progress),
         load_tokenizer(places.tokenizer),
-        _scheduler(config, plan),
+        choose_scheduler(config, places, plan.sampling),
         places.settings,
     )
     pipe.place(device, plan.offload)
@@ -225,8 +285,8 @@ def load_pipeline(
     return pipe
 
 
-def _scheduler(config: GenerateConfig, plan: Plan) -> Scheduler:
+def choose_scheduler(config: GenerateConfig, places: ComponentPaths, sampling: Sampling) -> Scheduler:
     """The model's own scheduler, with all it is set to, unless the configuration asks for another."""
-    if plan.places.scheduler is not None and config.sampler is None and config.scheduler_config.shift is None:
-        return load_scheduler(plan.places.scheduler)
-    return make_scheduler(plan.sampling.sampler, plan.sampling.shift)
+    if places.scheduler is not None and config.sampler is None and config.scheduler_config.shift is None:
+        return load_scheduler(places.scheduler)
+    return make_scheduler(sampling.sampler, sampling.shift)
