@@ -143,7 +143,10 @@ def fill(model: nn.Module, setup: Setup) -> None:
     for name, parameter in model.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
-        parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.02, generator=generator)
+        norm = "norm" in name and name.endswith("weight")
+        # Products keep the size of what they are given, so that every part counts in the output.
+        std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+        parameter.normal_(float(norm), std, generator=generator)
 
 
 @contextmanager
@@ -195,8 +198,8 @@ def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, to
     if setup.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(setup.device)
 
-    def call() -> torch.Tensor:
-        return model(*arguments, return_dict=False)[0]
+    def call() -> None:
+        outputs[case] = model(*arguments, return_dict=False)[0]
 
     started = first_call(call, model.compile_repeated_blocks, setup)
     graphs = counters["stats"]["unique_graphs"]
@@ -204,7 +207,7 @@ def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, to
     recompiled = counters["stats"]["unique_graphs"] - graphs
     peak = measure.peak_gb(setup.device)
     parts = measure.split_by_kernel(call, setup.device)
-    outputs[case] = out = call().float()
+    out = outputs[case]
     depth = setup.network.num_layers
     record = {
         **timing._asdict(),
@@ -350,7 +353,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int)
     parser.add_argument("--cases", type=one_of(CASES), default=["peer", "full", "skiparse"], help=", ".join(CASES))
     parser.add_argument("--layers", type=int, help="time this many layers, with the same share of dense ones")
-    parser.add_argument("--attention", default="auto", help="kernel of ours, and of the peer where it has that one")
+    parser.add_argument("--attention", default="auto", choices=("auto", *_PEER_BACKENDS), help="kernel of all cases")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: bf16, on the CPU fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks of every case")

@@ -30,18 +30,23 @@ def time_calls(call: Callable[[], Any], device: torch.device, warmup: int = 3, r
     """Time a call after ``warmup`` unmeasured ones, each repeat on its own."""
     for _ in range(warmup):
         call()
+    times = _host_times(call, device, repeats) if device.type == "cpu" else _device_times(call, device, repeats)
+    return Timing(statistics.median(times), min(times), max(times))
+
+
+def _host_times(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    return [host_ms(call, device) for _ in range(repeats)]
+
+
+def _device_times(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    event = torch.get_device_module(device).Event
+    pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in pairs:  # no waiting in between: an idle device would count the launch of its first kernel
+        start.record()
+        call()
+        end.record()
     synchronize(device)
-    times = sorted(_device_ms(call, device) if device.type != "cpu" else host_ms(call, device) for _ in range(repeats))
-    return Timing(statistics.median(times), times[0], times[-1])
-
-
-def _device_ms(call: Callable[[], Any], device: torch.device) -> float:
-    start, end = (torch.get_device_module(device).Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return [start.elapsed_time(end) for start, end in pairs]
 
 
 def host_ms(call: Callable[[], Any], device: torch.device) -> float:

@@ -3,9 +3,9 @@
     python benchmarks/ops.py --model 14b --size 720p --compile
 
 The ceiling of what moves memory is a device-to-device copy of as many bytes (each input read once, each output written
-once), that of attention a large square product. Every operation is the model's own expression, run eagerly and, with
-``--compile``, compiled alone. Prints one JSON line a variant and a table last. (The linear layers' rates are among
-the ceilings that dit_step.py prints.)
+once), that of the rest a large square product. Every operation is the model's own expression, run eagerly and, with
+``--compile``, compiled alone. Prints one JSON line a variant and a table last. (dit_step.py prints the rates of all
+linear layers.)
 """
 
 import argparse
@@ -50,7 +50,6 @@ class Op(NamedTuple):
     reference: Callable[[torch.Tensor], torch.Tensor]  # rows -> float64 values of the output's rows
     bytes: int = 0
     flops: int = 0
-    compiles: bool = True
 
 
 class Shapes(NamedTuple):
@@ -85,12 +84,11 @@ def switches(s: Shapes) -> Iterator[Op]:
             (x,),
             lambda rows, where=where: x[:, where[rows]].double(),
             bytes=2 * _bytes(x),
-            compiles=False,  # it stands between the compiled blocks
         )
 
 
 def pointwise(s: Shapes) -> Iterator[Op]:
-    """What stands between products and attention: norms, modulation, rotation, activation, gates."""
+    """What stands between products and attention: norm and modulation, rotation, gate, activation."""
     n, dim = s.grid.tokens, s.network.dim
     x, y = s.random(1, n, dim), s.random(1, n, dim)
     scale, shift, gate = (torch.randn(1, 1, dim, device=s.device) for _ in range(3))
@@ -136,6 +134,49 @@ def pointwise(s: Shapes) -> Iterator[Op]:
         lambda r: F.gelu(wide[:, r].double(), approximate="tanh"),
         bytes=2 * _bytes(wide),
     )
+
+
+def patches(s: Shapes) -> Iterator[Op]:
+    """From latents to tokens: as the convolution of Wan's weights, and as the product that it is."""
+    (t, h, w), channels, dim = s.grid, s.network.latent_dim, s.network.dim
+    latents, bias = s.random(1, channels, t, 2 * h, 2 * w), s.random(dim)
+    weight = s.random(dim, channels, 1, 2, 2) * (4 * channels) ** -0.5
+
+    def rows_of_patches(x: torch.Tensor) -> torch.Tensor:
+        return x.view(1, channels, t, h, 2, w, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(1, s.grid.tokens, -1)
+
+    def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.conv3d(x, weight, bias, stride=(1, 2, 2)).flatten(2).transpose(1, 2).contiguous()
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows_of_patches(x), weight.flatten(1), bias)
+
+    def reference(r: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows_of_patches(latents)[:, r].double(), weight.flatten(1).double(), bias.double())
+
+    moved = _bytes(latents) + s.grid.tokens * dim * latents.element_size()
+    for name, function in (("patch embedding, convolution", convolution), ("patch embedding, product", product)):
+        yield Op(name, function, (latents, weight, bias), reference, bytes=moved)
+
+
+def feed_forward(s: Shapes) -> Iterator[Op]:
+    """The feed-forward's first product with its activation: one after the other, and as the library's one kernel."""
+    n, dim, ffn = s.grid.tokens, s.network.dim, s.network.ffn_dim
+    x, weight, bias = s.random(1, n, dim), s.random(ffn, dim) * dim**-0.5, s.random(ffn)
+
+    def reference(r: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(x[:, r].double(), weight.double(), bias.double()), approximate="tanh")
+
+    def apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+    def fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)[None]
+
+    product = work.Product(n, dim, ffn)
+    yield Op("linear, then GELU", apart, (x, weight, bias), reference, flops=product.flops)
+    if s.device.type == "cuda":  # elsewhere its GELU is the exact one
+        yield Op("linear with GELU in its epilogue", fused, (x, weight, bias), reference, flops=product.flops)
 
 
 def attentions(s: Shapes) -> Iterator[Op]:
@@ -223,7 +264,7 @@ def bench(op: Op, variant: str, s: Shapes, rates: Rates) -> dict[str, Any]:
     """Time one variant and compare some of its rows with float64."""
     run = torch.compile(op.run, fullgraph=True, dynamic=False) if variant == "compiled" else op.run
     out = run(*op.arguments)
-    count = 16 if op.flops else 4096  # attention's reference costs a pass over all keys a row
+    count = 16 if op.name.startswith("attention") else 4096  # attention's reference reads all keys for every row
     rows = torch.randperm(out.shape[1], device=s.device)[:count]
     reference = op.reference(rows)
     # A row is compared as what it holds: channels, or heads of channels.
@@ -258,9 +299,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             measure.free_all(device)
             rates = measure_rates(s)
             facts |= {"copy_gb_per_s": rates.copy / 1e6, "product_tflops": rates.product / 1e9}
-            for group in (switches, pointwise, attentions):
+            for group in (patches, switches, pointwise, feed_forward, attentions):
                 for op in group(s):
-                    for variant in ("eager", "compiled") if arguments.compile and op.compiles else ("eager",):
+                    for variant in ("eager", "compiled") if arguments.compile else ("eager",):
                         about = {"benchmark": "ops", "op": op.name, "variant": variant, "model": model, "size": size}
                         try:
                             result = bench(op, variant, s, rates)
