@@ -91,7 +91,7 @@ def outputs_and_gradients(model: Any, setting: Setting) -> dict[str, torch.Tenso
     latents.requires_grad_()
     model.zero_grad()
     out = model(latents, timestep, text).sample
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * weight).sum().backward()
     gradients = {"latents": latents.grad, **{name: p.grad for name, p in model.named_parameters()}}
     missing = [name for name, gradient in gradients.items() if gradient is None]
