@@ -78,6 +78,17 @@ def test_segments_must_add_up(segments: tuple[int, ...]) -> None:
         attend(q, k, v, segments)
 
 
+@pytest.mark.parametrize(("queries", "keys", "segments"), [(0, 0, ()), (0, 5, None)])
+def test_nothing_to_attend_still_has_gradients(queries: int, keys: int, segments: tuple[int, ...] | None) -> None:
+    q, k, v = (torch.randn(2, n, 3, 4, requires_grad=True) for n in (queries, keys, keys))
+    out = attend(q, k, v, segments)
+    out.sum().backward()
+    assert out.shape == q.shape
+    for x in (q, k, v):
+        assert x.grad is not None
+        assert x.grad.equal(torch.zeros_like(x))
+
+
 def test_unknown_kernel_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'flash5' is not known: use one of auto, sdpa"):
         Attend("flash5")

@@ -224,6 +224,15 @@ def compile_blocks(rank: int, sizes: Sizes, setting: Setting, references: Path) 
     compare(ours, torch.load(references, weights_only=True)[str(setting)], "compiled", tolerance=2e-6)
 
 
+def error_of_bfloat16(rank: int, sizes: Sizes, setting: Setting, references: Path) -> float:
+    """Relative error of a bfloat16 model's velocity."""
+    model = setting.model().bfloat16()
+    apply_sequence_parallel(model, mesh_of(sizes))
+    exact = torch.load(references, weights_only=True)[str(setting)]["output"]
+    with torch.no_grad():
+        return float((model(*setting.inputs()).sample - exact).norm() / exact.norm())
+
+
 def kernel_names(rank: int, sizes: Sizes, setting: Setting) -> list[str]:
     """A model's kernel before, and its blocks' after, it was chosen by name."""
     model = setting.model()

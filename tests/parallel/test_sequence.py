@@ -60,6 +60,10 @@ def test_blocks_compile_whole(processes: Group, references: Path) -> None:
     processes(2).run(cases.compile_blocks, Sizes(1, 1, 2), SPARSE, references)
 
 
+def test_bfloat16_is_close(processes: Group, references: Path) -> None:
+    assert max(processes(4).run(cases.error_of_bfloat16, Sizes(1, 2, 2), ANY, references)) < 0.03
+
+
 def test_kernels_are_still_chosen_by_name(processes: Group) -> None:
     assert processes(2).run(cases.kernel_names, Sizes(1, 2, 1), ANY) == [["auto", "sdpa", "sdpa"]] * 2
 

@@ -68,12 +68,12 @@ def attend(
         ValueError: the segments do not add up, or the kernel cannot run on these tensors.
     """
     run = _KERNELS[choose_kernel(kernel, q.device, q.dtype)]
+    if segments is not None and (sum(segments) != q.shape[1] or k.shape[1] != q.shape[1]):
+        raise ValueError(f"segments {segments} do not add up to the {q.shape[1]} queries and {k.shape[1]} keys")
+    if not q.numel():  # no token or no head: kernels differ in what they make of it
+        return q + (k.sum() + v.sum())  # as empty as q; k and v have gradients of zero rather than none
     if segments is None:
         return run(q, k, v)
-    if sum(segments) != q.shape[1] or k.shape[1] != q.shape[1]:
-        raise ValueError(f"segments {segments} do not add up to the {q.shape[1]} queries and {k.shape[1]} keys")
-    if not q.numel():
-        return q + k + v  # nothing to attend; q, k and v get gradients all the same
     out = []
     for start, count, length in _runs(segments):
         rows = slice(start, start + count * length)

@@ -21,6 +21,7 @@ def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
     Raises:
         ValueError: ``ssp`` does not divide the attention segments of the model.
     """
+    assert not isinstance(model.switch, ShardedSwitch), "the model's tokens are shared already"
     check_segments(mesh.sizes, segment_count(model.layouts, model.config.sparse_ratio))
     if mesh.sizes.ssp * mesh.sizes.ulysses == 1:
         return

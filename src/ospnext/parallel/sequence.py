@@ -124,7 +124,7 @@ class ShardedAttend(Attend):
         if len(segments.chunks) == 1:
             return self.attend(q, k, v, segments.lengths)
         heads = share(q.shape[2], len(segments.chunks))
-        q, k, v = _tokens_for_heads(torch.stack((q, k, v)), heads, segments).unbind()
+        q, k, v = _tokens_for_heads((q, k, v), heads, segments).unbind()
         return _heads_for_tokens(self.attend(q, k, v, segments.lengths), heads, segments)
 
 
@@ -133,14 +133,16 @@ def all_to_all(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], 
     return all_to_all_single_autograd(rows.contiguous(), list(receive), list(send), group)  # type: ignore[arg-type]  # names serve too
 
 
-def _tokens_for_heads(qkv: torch.Tensor, heads: Sequence[int], segments: SharedSegments) -> torch.Tensor:
-    """``[3, B, n, all heads, D]`` of this process's tokens to ``[3, B, N, its heads, D]`` of all tokens."""
-    three, batch, own_tokens, _, width = qkv.shape
+def _tokens_for_heads(
+    tensors: tuple[torch.Tensor, ...], heads: Sequence[int], segments: SharedSegments
+) -> torch.Tensor:
+    """q, k and v, each ``[B, n, all heads, D]`` of this process's tokens, to ``[3, B, N, its heads, D]`` of all."""
+    rows = torch.stack([x.permute(2, 0, 1, 3) for x in tensors], dim=1)
+    _, three, batch, own_tokens, width = rows.shape
     own_heads = heads[segments.place]
     send = [h * three * batch * own_tokens for h in heads]
     receive = [own_heads * three * batch * n for n in segments.chunks]
-    rows = qkv.permute(3, 0, 1, 2, 4).reshape(-1, width)
-    parts = all_to_all(rows, send, receive, segments.group).split(receive)
+    parts = all_to_all(rows.view(-1, width), send, receive, segments.group).split(receive)
     shaped = (part.view(own_heads, three, batch, n, width) for part, n in zip(parts, segments.chunks, strict=True))
     return torch.cat([part.permute(1, 2, 3, 0, 4) for part in shaped], dim=2)
 
