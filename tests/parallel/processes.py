@@ -16,7 +16,7 @@ SECONDS = 100  # to start, and for any one call: far more than is needed, for th
 
 
 class Processes:
-    """A gloo group of fresh processes that call functions until they are stopped or one of them fails.
+    """A gloo group of processes that call functions until they are stopped or one of them fails.
 
     Args:
         world: number of processes.
@@ -25,7 +25,8 @@ class Processes:
 
     def __init__(self, world: int, rendezvous: Path) -> None:
         self.world = world
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["ospnext.models.transformer"])  # imported once, not once a process
         self._pipes, self._members = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
