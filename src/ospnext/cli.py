@@ -26,6 +26,7 @@ class Command(NamedTuple):
         run: ``module:function`` that takes the configuration and returns a line to print, or None.
         options: ``--option`` and the key it sets.
         arguments: the keys its plain words set, in order; () where the one plain word is a YAML file.
+        examples: command lines, without the program's name.
         reports: whether its run says itself, in a report, what the configuration has to say (``notices``).
     """
 
@@ -34,6 +35,7 @@ class Command(NamedTuple):
     run: str
     options: Mapping[str, str] = {}
     arguments: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
     reports: bool = False
 
 
@@ -43,23 +45,36 @@ COMMANDS: dict[str, Command] = {
         "ospnext.generate.settings:GenerateConfig",
         "ospnext.generate.run:run",
         options={"--prompt": "prompt", "--prompts": "prompts"},
+        examples=(
+            "generate --prompt 'A red star spins.'",
+            "generate model=checkpoints/Wan2.1-T2V-1.3B --prompts prompts.txt num_videos_per_prompt=2 output_dir=out",
+            "generate configs/generate/osp_14b.yaml scheduler_config.num_inference_steps=30 seed=7",
+        ),
         reports=True,
     ),
-    "train": Command("train the transformer on videos", "ospnext.train.settings:TrainConfig", "ospnext.train.sft:run"),
+    "train": Command(
+        "train the transformer on videos",
+        "ospnext.train.settings:TrainConfig",
+        "ospnext.train.sft:run",
+        examples=("train configs/shapes/transformer.yaml time_budget_minutes=10",),
+    ),
     "train-vae": Command(
         "train a small video VAE on moving shapes",
         "ospnext.train.video_vae:VAETrainConfig",
         "ospnext.train.video_vae:run",
+        examples=("train-vae configs/shapes/vae.yaml time_budget_minutes=10",),
     ),
     "train-text": Command(
         "train a small text encoder on captions of moving shapes",
         "ospnext.train.text:TextTrainConfig",
         "ospnext.train.text:run",
+        examples=("train-text configs/shapes/text.yaml",),
     ),
     "evaluate-shapes": Command(
         "grade a model on held-out prompts of the shapes world",
         "ospnext.evaluate.shapes:EvaluateShapesConfig",
         "ospnext.evaluate.shapes:run",
+        examples=("evaluate-shapes num_prompts=64", "evaluate-shapes model=runs/shapes_transformer/pipeline"),
     ),
     "convert": Command(
         "write a transformer checkpoint in another format",
@@ -67,6 +82,7 @@ COMMANDS: dict[str, Command] = {
         "ospnext.prepare.convert:run",
         options={"--to": "to"},
         arguments=("src", "dst"),
+        examples=("convert checkpoints/osp_next_14b out/diffusers --to diffusers",),
     ),
 }
 
@@ -203,26 +219,46 @@ def overview() -> str:
         f"commands:\n{rows}\n\n"
         "ospnext COMMAND --help   the keys of a command, with defaults and meaning\n"
         "ospnext --version        the version\n\n"
-        "example: ospnext generate --prompt 'A red star spins.' output_dir=outputs/star"
+        f"A first video, of the small model that comes along:\n  ospnext {COMMANDS['generate'].examples[0]}"
     )
 
 
 def print_help(name: str, command: Command) -> None:
-    """Print what a command takes: its keys with defaults and meaning, its own before those of all runs."""
+    """Print what a command takes: its own keys with defaults and meaning, then those it shares, and examples."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     cls: type[Config] = _load(command.config)
-    words = " ".join(word.upper() for word in command.arguments) or "[CONFIG.yaml]"
-    options = "".join(f" [{option} VALUE]" for option in command.options)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(f"usage: ospnext {name} {words}{options} [key=value ...]\n\n{command.summary}\n", markup=False)
-    table = Table("key", "default", "meaning", box=None, pad_edge=False, header_style="bold")
-    own = cls.__annotations__
-    for key, field in sorted(config_keys(cls), key=lambda item: item[0].partition(".")[0] not in own):
-        default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
-        table.add_row(key, default, field.description or "")
-    console.print(table)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("key", no_wrap=console.width >= 120, max_width=None if console.width >= 120 else 39)
+    table.add_column("default")
+    table.add_column("meaning")
+    places = {name: place for place, name in enumerate(cls.__annotations__)}
+    keys = [(places.get(key.partition(".")[0], len(places)), key, field) for key, field in config_keys(cls)]
+    own = sorted((item for item in keys if item[0] < len(places)), key=lambda item: item[0])
+    for group in (own, [item for item in keys if item[0] == len(places)]):
+        for _, key, field in group:
+            default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+            table.add_row(key, escape(default), escape(field.description or ""))
+        table.add_row()
+    words = " ".join(word.upper() for word in command.arguments) or "[CONFIG.yaml]"
+    options = "".join(f" [{option} {key.upper()}]" for option, key in command.options.items())
+    print(f"usage: ospnext {name} {words}{options} [key=value ...]\n\n{command.summary}\n")
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    print(
+        "\n".join(
+            [
+                "--traceback shows where an error comes from",
+                "",
+                "examples:",
+                *(f"  ospnext {example}" for example in command.examples),
+            ]
+        )
+    )
 
 
 def _shown(value: Any) -> str:

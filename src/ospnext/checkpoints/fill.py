@@ -11,7 +11,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from torch import nn
 
@@ -112,8 +111,8 @@ def check_names(
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
     """A bar on the terminal, in bytes, for every model that is loaded inside the block."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bars:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(label: str, done: int, total: int) -> None:

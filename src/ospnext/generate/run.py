@@ -64,7 +64,8 @@ def run(config: GenerateConfig) -> str:
         video_grid([folder / task.file for task in tasks], folder / GRID, config.save_fps)
     ways = sorted({manifest.videos[task.file]["decoded"] for task in tasks})
     videos = "1 video" if len(tasks) == 1 else f"{len(tasks)} videos"
-    return f"{videos} ({len(pending)} new, decoded {' and '.join(ways)}) in {folder}; at a glance: {folder / GRID}"
+    watch = folder / (tasks[0].file if len(tasks) == 1 else GRID)
+    return f"{videos} ({len(pending)} new, decoded {' and '.join(ways)}) in {folder}; watch {watch}"
 
 
 def make_tasks(config: GenerateConfig, prompts: Sequence[str], plan: Plan) -> list[VideoTask]:
@@ -102,6 +103,7 @@ def make_videos(
     with _progress(len(tasks), plan.sampling.num_inference_steps) as bars:
         for first in range(0, len(tasks), config.batch_size):
             batch = tasks[first : first + config.batch_size]
+            bars.batch(len(batch))
             start = time.perf_counter()
             (latents,) = pipe(
                 [task.prompt for task in batch],
@@ -116,6 +118,7 @@ def make_videos(
                 guidance_mode=config.guidance_mode,
                 return_dict=False,
             )
+            bars.decode()
             sampled = (time.perf_counter() - start) / len(batch)
             for task, one in zip(batch, latents.split(1), strict=True):
                 start = time.perf_counter()
@@ -134,12 +137,22 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 class _Bars:
-    """Two bars: videos done, and steps of the present batch."""
+    """Three bars: videos done, and of the present batch the steps and the decoded videos."""
 
     def __init__(self, progress: Progress, videos: int, steps: int) -> None:
         self._progress = progress
         self._videos = progress.add_task("videos", total=videos)
         self._steps = progress.add_task("steps", total=steps)
+        self._decoding = progress.add_task("decoding", visible=False)
+
+    def batch(self, videos: int) -> None:
+        """The next batch begins."""
+        self._progress.reset(self._steps)
+        self._progress.reset(self._decoding, total=videos, visible=False)
+
+    def decode(self) -> None:
+        """A batch is sampled."""
+        self._progress.reset(self._decoding, visible=True)
 
     def step(self, pipe: Any, step: int, timestep: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """The pipeline's callback."""
@@ -148,6 +161,7 @@ class _Bars:
     def video(self) -> None:
         """One video is on disk."""
         self._progress.advance(self._videos)
+        self._progress.advance(self._decoding)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ospnext.assemble import RunConfig, SchedulerConfig
+from ospnext.assemble import DType, RunConfig, SchedulerConfig
 from ospnext.config import Config, ConfigError, describe_errors
 
 Frames = Annotated[int, Field(ge=1)]
@@ -115,6 +115,9 @@ class GenerateConfig(RunConfig):
     save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
     sampler: SamplerName | None = Field(default=None, description=f"euler | unipc; {_model_or_wan('sampler')}")
+    weight_dtype: DType = Field(
+        default="bf16", description="numbers of the transformer and the text encoder; on a CPU fp32 unless given"
+    )
     guidance_mode: Literal["batched", "sequential"] = Field(
         default="batched", description="both guidance passes at once, or one after the other in less memory"
     )
