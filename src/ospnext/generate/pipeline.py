@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ospnext.checkpoints.components import load_pipeline_components
 from ospnext.checkpoints.fill import ProgressCallback
+from ospnext.device import resolve_device
 from ospnext.flow.sample import GuidanceMode, StopSampling, denoise, guided
 from ospnext.generate.inputs import (
     CALLBACK_TENSORS,
@@ -190,10 +191,10 @@ class OSPNextPipeline(DiffusionPipeline):
 
         Args:
             gpu_id: index of the accelerator.
-            device: the accelerator; default: the one torch finds.
+            device: the accelerator; default: the one of this machine, or the CPU where there is none.
         """
         if device is None:
-            found = torch.accelerator.current_accelerator() or torch.device("cpu")
+            found = resolve_device("auto")
             device = found if gpu_id is None else torch.device(found.type, gpu_id)
         self.place(device, _MODULES)
 
