@@ -12,15 +12,16 @@ help: ## show this list
 
 # The stamp makes set-up run again exactly when what it installs has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ospnext needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ospnext needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo 'installing into $(VENV): a few minutes, most of them for torch'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	@touch $@
 
 setup: $(VENV)/.installed ## create .venv and install ospnext into it
 
 demo: setup ## make a video from a prompt with the embedded model
-	$(BIN)/ospnext generate --prompt "$(PROMPT)" output_dir=outputs/demo
+	$(BIN)/ospnext generate --prompt "$(PROMPT)"
 
 test: setup ## the test suite (a few minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
