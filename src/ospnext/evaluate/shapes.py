@@ -27,6 +27,7 @@ from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
 from ospnext.generate.sources import EMBEDDED
 from ospnext.media import contact_sheet, write_video
+from ospnext.ops.attention import describe_kernel
 from ospnext.shapes.captions import caption
 from ospnext.shapes.grade import Grade
 from ospnext.shapes.world import Scene, World, sample_scene
@@ -38,7 +39,7 @@ class EvaluateShapesConfig(Config):
     """``ospnext evaluate-shapes``: which model, on how many prompts of which world."""
 
     model: str = Field("shapes", description="a pipeline folder, or 'shapes' (embedded)")
-    output_dir: str = Field("./output_evaluation", description="where shapes.json and the first videos go")
+    output_dir: str = Field("outputs/evaluation", description="where shapes.json and the first videos go")
     world: Literal["large", "simple", "full"] = Field("simple", description="which scenes are asked for")
     num_prompts: int = Field(512, ge=1, description="held-out prompts")
     seed: int = Field(1, ge=0, description="of prompts and noise")
@@ -80,6 +81,7 @@ def run(config: EvaluateShapesConfig) -> None:
     make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.weight_dtype)
+    kernel = describe_kernel(config.attention_kernel, device, dtype)
     folder = EMBEDDED if config.model == "shapes" else config.model
     pipe = OSPNextPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
     pipe.transformer.set_attention_kernel(config.attention_kernel)
@@ -91,7 +93,8 @@ def run(config: EvaluateShapesConfig) -> None:
     videos = generate(pipe, prompts, config)
     grades = grade_all(videos, scenes)
     result = summarise(grades, scenes)
-    show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {device_label(device)}")
+    where = f"{device_label(device)}, {config.weight_dtype}, {kernel}"
+    show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {where}")
     write(config, result, prompts, grades, videos)
 
 
@@ -113,12 +116,13 @@ def generate(pipe: OSPNextPipeline, prompts: Sequence[str], config: EvaluateShap
 
 
 def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:
-    """Shares by attribute over all videos, and of videos in which everything is right, over all and by count."""
+    """Shares by attribute, and of videos in which everything is right, over all and by count where counts differ."""
     result = {
         name: share(mark for grade in grades if (mark := getattr(grade, name)) is not None) for name in ATTRIBUTES
     }
     result["everything"] = share(grade.all_right for grade in grades)
-    for count in (1, 2, 3):
+    counts = sorted({len(scene.things) for scene in scenes})
+    for count in counts if len(counts) > 1 else ():
         chosen = [g.all_right for g, s in zip(grades, scenes, strict=True) if len(s.things) == count]
         result[f"everything, {count} object{'s' * (count > 1)}"] = share(chosen)
     return {name: value for name, value in result.items() if value.asked}
