@@ -1,17 +1,20 @@
 """The command as a user meets it: exit codes, one line for a mistake, quick help."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 from ospnext import __version__
 from ospnext.cli import COMMANDS, explain, is_first, main, old_variables, read_config, world_size
-from ospnext.config import ConfigError
+from ospnext.config import ConfigError, config_keys
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
 
 
 def ospnext(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +77,22 @@ def test_every_command_of_the_table_exists(name, capsys):
     assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_true(name, capsys):
+    command = COMMANDS[name]
+    keys = {key for key, _ in config_keys(resolve_name(command.config))}
+    assert command.examples
+    for example in command.examples:
+        first, *words = shlex.split(example)
+        assert first == name
+        assert {word.partition("=")[0] for word in words if "=" in word} <= keys
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
+    main([name, "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("  ospnext")] == [f"  ospnext {one}" for one in command.examples]
+    assert shown == [line.rstrip() for line in shown]
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"ospnext {__version__}\n"
@@ -124,6 +143,13 @@ def test_only_errors_of_the_input_are_explained(tmp_path):
     assert explain(MemoryError()).startswith("out of memory")
     text = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     assert explain(RuntimeError(text)).startswith("out of memory")
+
+
+def test_a_terminal_of_few_letters_stops_nothing():
+    code = "from ospnext.cli import main; main(['--version']); print('雪')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("\\u96ea\n")
 
 
 def test_an_interrupt_is_130(monkeypatch, capsys):

@@ -6,6 +6,7 @@ stderr), 130 interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="ospnext: warning: %(message)s")  # it is all that modules log
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name stops no run
     name = words[0] if words else "--help"
     try:
         if name in ("-h", "--help"):

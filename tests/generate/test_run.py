@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.generate import run as generate
@@ -163,6 +164,15 @@ def test_other_settings_are_refused_unless_overwritten(
     assert (tmp_path / "out" / "video_0.mp4").read_bytes() == content
     assert "(1 new," in make(**settings, overwrite=True)
     assert (tmp_path / "out" / "video_0.mp4").read_bytes() != content
+
+
+def test_other_layouts_of_the_same_weights_are_another_run(make: Generate, model: Path) -> None:
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    dense = {key: value for key, value in config.items() if key not in SPARSE_KEYS}
+    (model / "transformer" / "config.json").write_text(json.dumps(dense))
+    make()
+    with pytest.raises(ValueError, match="skiparse_model_type was 'full', now 'dual_end'"):
+        make(transformer_config={"skiparse_model_type": "dual_end"})
 
 
 def test_strange_videos_are_not_overwritten(make: Generate, tmp_path: Path) -> None:

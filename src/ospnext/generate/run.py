@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ospnext
 from ospnext.checkpoints.fill import progress_bar
+from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.config import ConfigError, dump_yaml
 from ospnext.device import device_label, resolve_device
 from ospnext.generate.manifest import Manifest, VideoTask, write_text
@@ -178,8 +179,9 @@ def shared_settings(config: GenerateConfig, plan: Plan) -> dict[str, Any]:
     """All that a video depends on besides its prompt and seed, as JSON values."""
     paths = {name: str(getattr(plan.places, name).resolve()) for name in ("transformer", "vae", "text_encoder")}
     dtypes = {f"{name}_dtype": _short(dtype) for name, dtype in plan.dtypes._asdict().items()}
+    sparse = {key: plan.transformer[key] for key in SPARSE_KEYS}  # dense weights may run in any way that is asked for
     text_len = config.text_encoder_config.text_len or plan.transformer["text_len"]
-    return paths | dtypes | plan.sampling._asdict() | {"text_len": text_len, "save_fps": config.save_fps}
+    return paths | dtypes | sparse | plan.sampling._asdict() | {"text_len": text_len, "save_fps": config.save_fps}
 
 
 def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> dict[str, str]:
@@ -189,8 +191,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         ValueError: the attention kernel cannot run here.
     """
     sampling, settings = plan.sampling, plan.transformer
-    kinds = ("num_layers", "skiparse_model_type", "sparse_ratio", "num_full_blocks", "skiparse_pattern")
-    layouts = Counter(block_layouts(*(settings[kind] for kind in kinds)))
+    layouts = Counter(block_layouts(settings["num_layers"], *(settings[key] for key in SPARSE_KEYS)))
     dense = layouts.pop(Layout.FULL, 0)
     sparse = f", {layouts.total()} sparse ({settings['skiparse_pattern']}, P = {settings['sparse_ratio']})"
     guided = sampling.guidance_scale > 1
