@@ -46,4 +46,4 @@ docs: setup ## write docs/configuration.md from the configuration classes
 	$(BIN)/python docs/make_configuration.py
 
 clean: ## remove what the commands above have made
-	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,5 +1,6 @@
 """Write docs/configuration.md from the configuration classes and the table of older keys: ``make docs``."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
@@ -93,7 +94,7 @@ def _differ(one: FieldInfo, other: FieldInfo) -> bool:
 def _shown(value: Any) -> str:
     if value is None:
         return ""
-    text = str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    text = json.dumps(value) if isinstance(value, bool | tuple) else str(value)  # as YAML would have it
     return f"`{_cell(text)}`"
 
 
