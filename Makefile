@@ -4,9 +4,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= A large yellow square floats upwards on a grey background.
 
-# Threads that wait should sleep: where others compute too, spinning ones make a video several times slower.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: help setup demo test test-long check format docs clean
 .DEFAULT_GOAL := help
 

@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="ospnext: warning: %(message)s")  # it is all that modules log
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name stops no run
+    # Torch reads it when it is imported: threads that wait should sleep, for on shared cores spinning ones cost the
+    # others their time and a video takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     name = words[0] if words else "--help"
     try:
         if name in ("-h", "--help"):
