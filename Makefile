@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= A large yellow square floats upwards on a grey background.
+PROMPT ?= A large red star floats upwards on a beige background.
 
 .PHONY: help setup demo test test-long check format docs clean
 .DEFAULT_GOAL := help

@@ -2,8 +2,8 @@
 
     python benchmarks/demo_picture.py        # writes docs/media/demo.gif; a minute or two on two cores
 
-The prompts are of the kind that the model draws well (docs/results.md says what it does not); every video is what
-``ospnext generate --prompt PROMPT seed=SEED`` makes.
+Every video is what ``ospnext generate --prompt PROMPT seed=SEED`` makes; docs/results.md says how often prompts like
+these come out right.
 """
 
 import textwrap
@@ -19,14 +19,14 @@ from ospnext.generate.sources import EMBEDDED
 
 TARGET = Path(__file__).parent.parent / "docs" / "media" / "demo.gif"
 VIDEOS = {  # prompt: seed
-    "A large red square moves to the left.": 42,
-    "A large blue square moves up on a white background.": 43,
-    "A large yellow circle moves to the right on a dark blue background.": 44,
-    "A big pink circle grows on a black background.": 45,
-    "A large orange circle sinks on a grey background.": 47,
-    "A big orange square moves to the right on a black background.": 51,
-    "A large yellow triangle falls slowly on a dark blue background.": 52,
-    "A large purple triangle moves to the left on a white background.": 57,
+    "A large red star circles clockwise on a beige background.": 1,
+    "A large yellow crescent moves to the right on a dark blue background.": 2,
+    "A big pink ring grows on a black background.": 3,
+    "A large green triangle bounces up and down on a white background.": 4,
+    "A large orange cross moves to the left on a grey background.": 5,
+    "A big cyan circle shrinks steadily on a brown background.": 7,
+    "A large purple star floats upwards on a white background.": 8,
+    "A large orange triangle moves to the right on a grey background.": 15,
 }
 COLUMNS, SIDE, GAP, TEXT = 4, 160, 14, 56  # TEXT is the height of a prompt; all but COLUMNS in pixels
 FRAME_MS, LAST_MS = 60, 600  # GIF counts in hundredths of a second: 60 is nearest to 16 frames a second

@@ -20,7 +20,7 @@ def main() -> None:
     left.semilogy([line["step"] for line in vae], [line["mse"] for line in vae])
     left.set(title="video VAE", xlabel="step", ylabel="squared error of a sampled reconstruction")
     seen = 0.0
-    for i, batch_size in ((1, 256), (2, 192)):
+    for i, batch_size in enumerate((256, 192, 320, 320, 320), start=1):
         log = read(f"shapes_transformer_{i}")
         clips = [seen + line["step"] * batch_size / 1e6 for line in log]
         right.semilogy(clips, [line["loss"] for line in log], label=f"stage {i}")

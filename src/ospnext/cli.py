@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         "ospnext.generate.run:run",
         options={"--prompt": "prompt", "--prompts": "prompts"},
         examples=(
-            "generate --prompt 'A red star spins.'",
+            "generate --prompt 'A large red star floats upwards on a white background.'",
             "generate model=checkpoints/Wan2.1-T2V-1.3B --prompts prompts.txt num_videos_per_prompt=2 output_dir=out",
             "generate configs/generate/osp_14b.yaml scheduler_config.num_inference_steps=30 seed=7",
         ),
