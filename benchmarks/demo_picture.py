@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ospnext import OSPNextPipeline
 from ospnext.device import resolve_device
-from ospnext.generate.sources import EMBEDDED
 
 TARGET = Path(__file__).parent.parent / "docs" / "media" / "demo.gif"
 VIDEOS = {  # prompt: seed
@@ -35,7 +34,7 @@ COLOURS = 128
 
 def make_videos(prompts: dict[str, int], batch_size: int = 4) -> np.ndarray:
     """A video of each prompt from its seed, uint8 [B, T, H, W, 3], with the model's own settings."""
-    pipe = OSPNextPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32, device=resolve_device("auto"))
+    pipe = OSPNextPipeline.from_pretrained("shapes", torch_dtype=torch.float32, device=resolve_device("auto"))
     videos = []
     for i in range(0, len(prompts), batch_size):
         some = dict(list(prompts.items())[i : i + batch_size])

@@ -68,6 +68,21 @@ def resolve_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def working_dtype(name: str, device: torch.device, asked: bool) -> torch.dtype:
+    """The dtype to compute in: the one named, but float32 on a CPU that was not asked for it, where half is slow.
+
+    Raises:
+        ValueError: as ``resolve_dtype``.
+    """
+    dtype = resolve_dtype(name)
+    return dtype if asked or device.type != "cpu" else torch.float32
+
+
+def dtype_label(dtype: torch.dtype) -> str:
+    """The dtype's name for reports, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def device_label(device: torch.device) -> str:
     """A readable name of the device for reports, such as ``NVIDIA H100 80GB HBM3`` or ``cpu (2 threads)``."""
     if device.type == "cpu":

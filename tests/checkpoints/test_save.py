@@ -22,6 +22,14 @@ def test_release_config_holds_the_release_keys(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_others_may_read_what_is_written(dense, tmp_path: Path, to: str) -> None:
+    save_transformer(dense, tmp_path / ("x.pt" if to == "pt" else "x"), to)
+    (tmp_path / "new").touch()  # with the mode that new files have here
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.stat().st_mode for p in files} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_adapters_are_refused(tmp_path: Path) -> None:
     model = OSPNextTransformer3DModel(dim=16, ffn_dim=16, num_heads=1, num_layers=2)
     model.add_adapter(LoraConfig(r=2, target_modules=["self_attn.q"]))

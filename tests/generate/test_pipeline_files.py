@@ -98,3 +98,9 @@ def test_placing_moves_nothing_on_a_cpu_and_changes_no_result(pipe: OSPNextPipel
     torch.testing.assert_close(latents_of(pipe), before)
     pipe.to("cpu")
     assert not pipe.offload
+
+
+def test_the_embedded_model_has_a_name() -> None:
+    pipe = OSPNextPipeline.from_pretrained("shapes", device="meta")
+    assert pipe.transformer.config.num_layers >= 12
+    assert pipe.sampling_defaults["num_frames"] >= 33

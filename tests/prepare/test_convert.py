@@ -77,7 +77,7 @@ def test_bad_weights_and_places_leave_nothing_behind(model, tmp_path: Path) -> N
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"1 missing: head\.head\.bias; 1 unexpected: head\.heed\.bias"):
         convert(tmp_path / "x.pt", tmp_path / "y", "wan", **SETTINGS)
-    with pytest.raises(CheckpointError, match="exists; choose another name or overwrite"):
+    with pytest.raises(CheckpointError, match="exists; choose another name, or set overwrite=true"):
         convert(tmp_path / "x.pt", tmp_path / "x.pt", "pt", **SETTINGS)
     save_transformer(model, tmp_path / "z", "wan")
     with pytest.raises(CheckpointError, match="is the source"):

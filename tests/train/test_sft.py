@@ -69,10 +69,12 @@ def read_log(folder: Path) -> list[dict]:
 
 def test_a_run_ends_with_a_pipeline_that_samples(tmp_path, vae_folder, capsys):
     assert train(tmp_path / "run", vae_folder) == 0
-    said = capsys.readouterr().out
+    said, complaints = capsys.readouterr()
+    assert "Writing model shards" not in complaints
     assert "transformer 0." in said
     assert "text_encoder 0." in said
     assert "one process, 8 clips a step" in said
+    assert "float32 weights, float32 arithmetic; latents in float32" in said
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
     pipe = OSPNextPipeline.from_pretrained(tmp_path / "run/pipeline")
     assert pipe.config.negative_prompt == ""
@@ -86,6 +88,17 @@ def test_a_run_ends_with_a_pipeline_that_samples(tmp_path, vae_folder, capsys):
         assert torch.equal(p, average[key])
     shipped, trained = pipe.vae.state_dict(), load_file(vae_folder / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(shipped[key], trained[key]) for key in trained)
+
+
+def test_further_training_starts_from_the_model_and_says_what_it_does_not_read(tmp_path, vae_folder, capsys):
+    assert train(tmp_path / "first", vae_folder) == 0
+    capsys.readouterr()
+    model = tmp_path / "first/pipeline"
+    assert train(tmp_path / "second", vae_folder, model=model, optimizer_config__lr=1e-30) == 0
+    assert f"every network comes from model={model}; not read: vae_config.vae_path" in capsys.readouterr().out
+    before, after = (load_file(tmp_path / f"{run}/iter_000000005/transformer{suffix}.safetensors")
+                     for run, suffix in (("first", ".ema"), ("second", "")))  # fmt: skip
+    assert all(torch.allclose(before[key], after[key], atol=1e-7) for key in before)
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path, vae_folder, capsys):

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+import ospnext
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import (
     TEXT_ENCODER_FILE,
@@ -24,6 +25,9 @@ from ospnext.checkpoints.load import (
 from ospnext.checkpoints.read import CheckpointError, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
+EMBEDDED = Path(ospnext.__file__).parent / "assets" / "shapes"
+"""The pipeline folder of the model that comes with the package."""
+
 Scheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
 
 _PIPELINES = ("OSPNextPipeline", "WanPipeline")
@@ -32,6 +36,11 @@ _SCHEDULERS: dict[str, Any] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
     "UniPCMultistepScheduler": UniPCMultistepScheduler,
 }
+
+
+def pipeline_folder(name: str | Path) -> Path:
+    """The folder a pipeline's name means: ``shapes`` is the embedded model (a folder of that name is ``./shapes``)."""
+    return EMBEDDED if str(name) == "shapes" else Path(name)
 
 
 class ComponentPaths(NamedTuple):

@@ -99,7 +99,9 @@ def open_transformer(path: str | Path, **overrides: Any) -> TransformerFiles:
     settings = DEFAULTS | inferred | said | overrides
     if "num_heads" not in said | overrides:
         if settings["dim"] not in KNOWN_HEADS:
-            raise CheckpointError(f"{place}: weights do not tell num_heads at dim {settings['dim']}: give num_heads")
+            raise CheckpointError(
+                f"{place}: weights of dim {settings['dim']} do not tell: give num_heads (model_config.num_heads)"
+            )
         settings["num_heads"] = KNOWN_HEADS[settings["dim"]]
     return TransformerFiles(settings, weights, name_of)
 

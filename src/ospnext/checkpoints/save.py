@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
 
 from ospnext.checkpoints.formats import DEFAULTS, NameMap, name_map, native_name, write_settings
 from ospnext.checkpoints.read import SUFFIXES, CheckpointError, TensorInfo
@@ -89,7 +90,7 @@ def check_target(path: Path, to: str, overwrite: bool) -> None:
         if path.suffix not in SUFFIXES:
             raise CheckpointError(f"{path}: a single file of weights must end in {', '.join(SUFFIXES)}")
         if path.exists() and not (overwrite and path.is_file()):
-            raise CheckpointError(f"{path}: exists; choose another name or overwrite")
+            raise CheckpointError(f"{path}: exists; choose another name, or set overwrite=true")
         return
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file; {to} needs a folder")
@@ -100,7 +101,28 @@ def check_target(path: Path, to: str, overwrite: bool) -> None:
             f"{path}: holds {', '.join(foreign[:5])}, which is no checkpoint's: choose another folder"
         )
     if inside and not overwrite:
-        raise CheckpointError(f"{path}: holds a checkpoint; choose another folder or overwrite")
+        raise CheckpointError(f"{path}: holds a checkpoint; choose another folder, or set overwrite=true")
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Around other libraries' ``save_pretrained``: no progress bar for a moment's work, and files others may read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    for path in folder.rglob("*.safetensors"):
+        let_others_read(path)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the mode that new files have here; safetensors makes its files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
@@ -124,6 +146,7 @@ def _write_shards(source: Source, folder: Path, name_of: NameMap, max_shard_size
         file = f"{_STEM}{part}.safetensors"
         state = {name_of(name): source.get(name).to("cpu").contiguous() for name in names}
         save_file(state, folder / file, metadata={"format": "pt"})
+        let_others_read(folder / file)
         places |= dict.fromkeys(state, file)
     if len(shards) > 1:
         total = sum(info.nbytes for info in source.tensors.values())
@@ -141,6 +164,7 @@ def _write_file(source: Source, path: Path) -> None:
             save_file(state, partial, metadata={"format": "pt"})
         else:
             torch.save(state, partial)
+        let_others_read(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

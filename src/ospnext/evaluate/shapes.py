@@ -20,12 +20,11 @@ from rich.table import Table
 
 from ospnext.assemble import AttentionKernel, DType
 from ospnext.config import Config
-from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.device import device_label, dtype_label, resolve_device, working_dtype
 from ospnext.evaluate.grading import grade_all
 from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
-from ospnext.generate.sources import EMBEDDED
 from ospnext.media import contact_sheet, write_video
 from ospnext.ops.attention import describe_kernel
 from ospnext.shapes.captions import caption
@@ -40,14 +39,16 @@ class EvaluateShapesConfig(Config):
 
     model: str = Field("shapes", description="a pipeline folder, or 'shapes' (embedded)")
     output_dir: str = Field("outputs/evaluation", description="where shapes.json and the first videos go")
-    world: Literal["large", "simple", "full"] = Field("simple", description="which scenes are asked for")
+    world: Literal["large", "simple", "full"] = Field(
+        "large", description="which scenes; the embedded model knows large ones"
+    )
     num_prompts: int = Field(512, ge=1, description="held-out prompts")
     seed: int = Field(1, ge=0, description="of prompts and noise")
     batch_size: int = Field(16, ge=1, description="videos at once")
     num_inference_steps: int | None = Field(None, ge=1, description="default: the model's")
     guidance_scale: float | None = Field(None, description="default: the model's")
     device: str = Field("auto", description="auto | cpu | cuda | npu | mps")
-    weight_dtype: DType = Field("bf16", description="numbers of the transformer")
+    weight_dtype: DType = Field("bf16", description="numbers of the transformer; a CPU computes in fp32 unless told")
     attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")
     keep_videos: int = Field(16, ge=0, description="how many videos are kept as mp4 and on a contact sheet")
 
@@ -80,10 +81,9 @@ def run(config: EvaluateShapesConfig) -> None:
     """
     make_folder(Path(config.output_dir))
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.weight_dtype)
+    dtype = working_dtype(config.weight_dtype, device, asked="weight_dtype" in config.model_fields_set)
     kernel = describe_kernel(config.attention_kernel, device, dtype)
-    folder = EMBEDDED if config.model == "shapes" else config.model
-    pipe = OSPNextPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+    pipe = OSPNextPipeline.from_pretrained(config.model, torch_dtype=dtype, device=device)
     pipe.transformer.set_attention_kernel(config.attention_kernel)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(config.seed)
@@ -93,7 +93,7 @@ def run(config: EvaluateShapesConfig) -> None:
     videos = generate(pipe, prompts, config)
     grades = grade_all(videos, scenes)
     result = summarise(grades, scenes)
-    where = f"{device_label(device)}, {config.weight_dtype}, {kernel}"
+    where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
     show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {where}")
     write(config, result, prompts, grades, videos)
 

@@ -19,8 +19,9 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ospnext.checkpoints.components import load_pipeline_components
+from ospnext.checkpoints.components import load_pipeline_components, pipeline_folder
 from ospnext.checkpoints.fill import ProgressCallback
+from ospnext.checkpoints.save import saving
 from ospnext.device import resolve_device
 from ospnext.flow.sample import GuidanceMode, StopSampling, denoise, guided
 from ospnext.generate.inputs import (
@@ -107,7 +108,7 @@ class OSPNextPipeline(DiffusionPipeline):
         """The pipeline in a local folder of ours, diffusers' Wan or Wan2.1's own layout; every key must match.
 
         Args:
-            pretrained_model_name_or_path: the folder; never the network.
+            pretrained_model_name_or_path: the folder, or ``shapes`` for the embedded model; never the network.
             torch_dtype: of transformer and text encoder, or one per component (``transformer``, ``vae``,
                 ``text_encoder``, ``default``); None keeps the files'. The VAE is float32 unless named: it suffers
                 from less.
@@ -123,7 +124,7 @@ class OSPNextPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"torch_dtype names {', '.join(unknown)}: the components are {', '.join(_MODULES)}")
         parts = load_pipeline_components(
-            pretrained_model_name_or_path,
+            pipeline_folder(pretrained_model_name_or_path),
             transformer_dtype=named.get("transformer", named.get("default")),
             vae_dtype=named.get("vae", torch.float32),
             text_encoder_dtype=named.get("text_encoder", named.get("default")),
@@ -167,7 +168,8 @@ class OSPNextPipeline(DiffusionPipeline):
         """
         if getattr(self.transformer, "peft_config", None):
             raise ValueError("the transformer carries a LoRA adapter: merge or unload it before saving the pipeline")
-        super().save_pretrained(str(save_directory), **kwargs)
+        with saving(Path(save_directory)):
+            super().save_pretrained(str(save_directory), **kwargs)
 
     # ── where components are ──────────────────────────────────────────────────────────────────────────────────────────
 

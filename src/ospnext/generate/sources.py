@@ -9,8 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-import ospnext
-from ospnext.checkpoints.components import ComponentPaths, find_components, load_scheduler
+from ospnext.checkpoints.components import EMBEDDED, ComponentPaths, find_components, load_scheduler
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import (
     TEXT_ENCODER_FILE,
@@ -22,7 +21,7 @@ from ospnext.checkpoints.load import (
     load_vae,
 )
 from ospnext.checkpoints.memory import OutOfMemoryError
-from ospnext.device import free_memory, resolve_dtype
+from ospnext.device import free_memory, resolve_dtype, working_dtype
 from ospnext.generate.pipeline import OSPNextPipeline, size_step
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import GenerateConfig, Sampling, read_model_settings
@@ -30,7 +29,6 @@ from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode_bytes
 
-EMBEDDED = Path(ospnext.__file__).parent / "assets" / "shapes"
 DECODING: dict[str, tuple[DecodeMode, ...]] = {"auto": DECODE_MODES, "on": ("tiled",), "off": ("whole", "chunked")}
 """Ways the autoencoder may decode, best first, by ``vae_tiling``."""
 
@@ -160,8 +158,7 @@ def _find(given: str | None, near: Path, names: tuple[str, str], key: str) -> Pa
 
 def choose_dtypes(config: GenerateConfig, device: torch.device) -> Dtypes:
     """The numbers of each component. A CPU computes in float32 unless told otherwise: bfloat16 is slow on most."""
-    told = "weight_dtype" in config.model_fields_set or device.type != "cpu"
-    weights = resolve_dtype(config.weight_dtype) if told else torch.float32
+    weights = working_dtype(config.weight_dtype, device, asked="weight_dtype" in config.model_fields_set)
     text = config.text_encoder_config.dtype
     return Dtypes(weights, resolve_dtype(config.vae_config.dtype), resolve_dtype(text) if text else weights)
 

@@ -79,7 +79,11 @@ def convert(
         source = Source(settings, tensors, lambda name: read(stored[name]).to(tensors[name].dtype))
         write_checkpoint(source, target, to, max_shard_size, overwrite)
     note = f"; {_NOTES[to]}" if to in _NOTES and settings["skiparse_model_type"] != "full" else ""
-    return f"wrote {target}: {len(tensors)} tensors, {weights.nbytes(dtype) / 1e9:.2f} GB{note}"
+    return f"wrote {target}: {len(tensors)} tensors, {_size(weights.nbytes(dtype))}{note}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 _NOTES = {

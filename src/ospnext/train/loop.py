@@ -99,7 +99,8 @@ def fit(
             if state.step % settings.save_interval == 0:
                 log.check(state.step)
                 state.save(settings.output_dir)
-    log.check(state.step)
+    if log.count:
+        log.write(state)  # what a spent time budget has left since the last line
     print(f"saved {state.save(settings.output_dir)}")
     if state.step < settings.iterations:
         print(f"stopped at step {state.step} of {settings.iterations}: start again to go on")

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ospnext.checkpoints.components import load_pipeline_components
+from ospnext.checkpoints.components import load_pipeline_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
-from ospnext.device import device_label, resolve_device, resolve_dtype
+from ospnext.device import device_label, dtype_label, resolve_device, resolve_dtype
 from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
 from ospnext.generate.pipeline import OSPNextPipeline, size_step
 from ospnext.generate.run import make_folder
 from ospnext.generate.sampler import make_scheduler
-from ospnext.generate.sources import EMBEDDED
 from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import describe_kernel
@@ -87,7 +86,7 @@ def build(config: TrainConfig, device: torch.device) -> Components:
         return load_model(config, device)
     if config.vae_config.vae_path is None:
         raise ValueError("vae_config.vae_path is missing: name a trained video VAE (ospnext train-vae makes one)")
-    vae = load_vae(config.vae_config.vae_path, dtype=resolve_dtype(config.vae_config.dtype), device=device)
+    vae = load_vae(config.vae_config.vae_path, dtype=vae_dtype(config, device), device=device)
     weights = config.transformer_config.pretrained_model_dir_or_checkpoint
     if weights is None:
         transformer = OSPNextTransformer3DModel(**config.architecture()).to(device)
@@ -107,12 +106,25 @@ def build(config: TrainConfig, device: torch.device) -> Components:
     return Components(transformer, vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer)
 
 
+def vae_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype that latents are made in: float32 on a CPU, which takes many times as long for half precision."""
+    return torch.float32 if device.type == "cpu" else resolve_dtype(config.vae_config.dtype)
+
+
 def load_model(config: TrainConfig, device: torch.device) -> Components:
     """The components of the pipeline folder ``model``, or of the embedded model."""
+    sections = {
+        "model_config.pretrained_model_dir_or_checkpoint": config.transformer_config.pretrained_model_dir_or_checkpoint,
+        "vae_config.vae_path": config.vae_config.vae_path,
+        "text_encoder_config.checkpoint_path": config.text_encoder_config.checkpoint_path,
+        "text_encoder_config.text_tokenizer_path": config.text_encoder_config.text_tokenizer_path,
+    }
+    if unread := [key for key, path in sections.items() if path is not None]:
+        print(f"note: every network comes from model={config.model}; not read: {', '.join(unread)}")
     parts = load_pipeline_components(
-        EMBEDDED if config.model == "shapes" else Path(str(config.model)),
+        pipeline_folder(str(config.model)),
         transformer_dtype=torch.float32,
-        vae_dtype=resolve_dtype(config.vae_config.dtype),
+        vae_dtype=vae_dtype(config, device),
         text_encoder_dtype=torch.float32,
         device=device,
         **config.architecture(),
@@ -219,18 +231,22 @@ def report(config: TrainConfig, trained: dict[str, torch.nn.Module], device: tor
     dtype = resolve_dtype(config.weight_dtype)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in trained.items())
     print(
-        f"training {sizes} on {device_label(device)}; float32 weights, {dtype} arithmetic; "
+        f"training {sizes} on {device_label(device)}; float32 weights, {dtype_label(dtype)} "
+        f"arithmetic; latents in {dtype_label(vae_dtype(config, device))}; "
         f"attention: {describe_kernel(config.attention_kernel, device, dtype)}; "
         f"one process, {config.data_config.batch_size * config.gradient_accumulation_steps} clips a step"
     )
 
 
 def export(config: TrainConfig, parts: Components, to: Path) -> None:
-    """Save everything as one pipeline folder, in ``weight_dtype``, that samples as it was trained."""
+    """Save everything as one pipeline folder that samples as it was trained: the VAE in its own dtype, all else in
+    ``weight_dtype``.
+    """
     dataset = config.data_config.dataset_config
     dtype = resolve_dtype(config.weight_dtype)
-    for module in (parts.transformer, parts.vae, parts.text_encoder):
-        torch.nn.Module.to(module.eval(), dtype)  # diffusers' own ``to`` warns of layers it would keep in float32
+    dtypes = {parts.transformer: dtype, parts.vae: resolve_dtype(config.vae_config.dtype), parts.text_encoder: dtype}
+    for module, own in dtypes.items():
+        torch.nn.Module.to(module.eval(), own)  # diffusers' own ``to`` warns of layers it would keep in float32
     pipeline = OSPNextPipeline(
         parts.transformer,
         parts.vae,

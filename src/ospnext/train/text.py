@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 from transformers import ByT5Tokenizer
 
+from ospnext.checkpoints.save import saving
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device
 from ospnext.generate.run import make_folder
@@ -73,8 +74,10 @@ def run(config: TextTrainConfig) -> None:
     with torch.no_grad():
         measured = reading_losses(encoder.eval(), heads, ids[:held], {name: v[:held] for name, v in labels.items()})
     print("read right: " + ", ".join(f"{name} {measured[name]:.1%}" for name in VOCABULARIES))
-    encoder.save_pretrained(Path(config.output_dir) / "text_encoder")
-    print(f"saved {Path(config.output_dir) / 'text_encoder'}")
+    folder = Path(config.output_dir) / "text_encoder"
+    with saving(folder):
+        encoder.save_pretrained(folder)
+    print(f"saved {folder}")
 
 
 def make_captions(

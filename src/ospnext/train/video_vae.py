@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from pydantic import Field, model_validator
 
 from ospnext.assemble import DType
+from ospnext.checkpoints.save import saving
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
 from ospnext.generate.run import make_folder
@@ -218,5 +219,6 @@ def finish(vae: AutoencoderKLWan, pool: torch.Tensor, output_dir: Path, clips: i
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
     psnr = 10 * torch.log10(4 / torch.cat(squared)).mean()
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir / "vae")
+    with saving(output_dir / "vae"):
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir / "vae")
     print(f"PSNR {psnr:.2f} dB on {len(latents)} clips of the pool; saved {output_dir / 'vae'}")
