@@ -29,6 +29,7 @@ class Command(NamedTuple):
         arguments: the keys its plain words set, in order; () where the one plain word is a YAML file.
         examples: command lines, without the program's name.
         reports: whether its run says itself, in a report, what the configuration has to say (``notices``).
+        rest: the key that takes ``key=value`` words which are not its own; "" where there is none.
     """
 
     summary: str
@@ -38,6 +39,7 @@ class Command(NamedTuple):
     arguments: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
     reports: bool = False
+    rest: str = ""
 
 
 COMMANDS: dict[str, Command] = {
@@ -84,6 +86,19 @@ COMMANDS: dict[str, Command] = {
         options={"--to": "to"},
         arguments=("src", "dst"),
         examples=("convert checkpoints/osp_next_14b out/diffusers --to diffusers",),
+    ),
+    "plan": Command(
+        "say what a run needs: memory, traffic, time",
+        "ospnext.prepare.plan:PlanConfig",
+        "ospnext.prepare.plan:run",
+        options={"--world": "world", "--json": "json"},
+        arguments=("config",),
+        examples=(
+            "plan configs/generate/osp_14b.yaml --world 8",
+            "plan configs/generate/osp_14b.yaml --world 64 accelerator=h200 videos=8",
+        ),
+        reports=True,
+        rest="overrides",
     ),
 }
 
@@ -157,8 +172,13 @@ def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
     parser = _Parser(prog=f"ospnext {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--traceback", action="store_true")
-    for option in command.options:
-        parser.add_argument(option)
+    cls: type[Config] = _load(command.config)
+    fields = dict(config_keys(cls))
+    for option, key in command.options.items():
+        if fields[key].annotation is bool:
+            parser.add_argument(option, action="store_const", const=True)
+        else:
+            parser.add_argument(option)
     given = vars(parser.parse_intermixed_args(words))
     overrides = [word for word in given["words"] if "=" in word and not os.path.exists(word)]
     plain = [word for word in given["words"] if word not in overrides]
@@ -173,8 +193,11 @@ def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
         path, *plain = plain
     if plain:
         raise ConfigError(f"{plain[0]!r} is not understood: settings are written key=value")
+    if command.rest:
+        values[command.rest] = tuple(word for word in overrides if word.partition("=")[0].strip() not in fields)
+        overrides = [word for word in overrides if word not in values[command.rest]]
     exact = [(key, value) for key, value in values.items() if value is not None]
-    config = load_config(_load(command.config), path, [*overrides, *exact], key_rules(name))
+    config = load_config(cls, path, [*overrides, *exact], key_rules(name))
     refuse_placeholders(config)
     return config.fitted(1) if isinstance(config, RunConfig) else config
 

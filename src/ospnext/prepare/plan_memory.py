@@ -1,0 +1,160 @@
+"""Bytes on one process, phase by phase: the peak is the largest phase, and phases do not add up.
+
+Under FSDP a process holds its shard of the transformer and, while a block runs, that block and the next one whole;
+what stands outside blocks stays whole. Autoencoder and text encoder are whole everywhere.
+"""
+
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ospnext.generate.sources import DECODING
+from ospnext.models.video_vae import DecodeMode, decode_bytes
+from ospnext.prepare.plan_devices import Device
+from ospnext.prepare.plan_mesh import Mesh
+from ospnext.prepare.plan_recipe import Recipe
+from ospnext.prepare.plan_trace import Held, Shared, trace_block
+from ospnext.prepare.plan_work import count, nbytes, sharded
+
+_GATHERED_BLOCKS = 2  # the one that runs and the one fetched meanwhile
+_FLOAT32 = 4
+
+
+class Phase(NamedTuple):
+    """One phase of a run and what is there in it, by name, in bytes."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+def phases(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
+    """Every phase of a recipe on one process of a mesh."""
+    return _generate(recipe, mesh, device) if recipe.kind == "generate" else _train(recipe, mesh)
+
+
+def held_by_blocks(recipe: Recipe, mesh: Mesh) -> Counter[Held]:
+    """What each block holds and moves on the busiest process, and how many blocks are like it."""
+    sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
+    found: Counter[Held] = Counter()
+    for layout, number in Counter(sequence.layouts).items():
+        found[_traced(recipe, sequence.busiest(layout), batch)] += number
+    return found
+
+
+def rows(recipe: Recipe, mesh: Mesh) -> int:
+    """Sequences of one forward pass on one process: guidance's two halves together, unless they are apart."""
+    return recipe.batch * (2 if recipe.guided and recipe.batched and mesh.cfg == 1 else 1)
+
+
+def decode_mode(recipe: Recipe, free: int) -> DecodeMode:
+    """The way the autoencoder decodes in so many free bytes."""
+    modes = DECODING[recipe.tiling]
+    return next((mode for mode in modes if decode_peak(recipe, mode) <= free), modes[-1])
+
+
+@lru_cache(maxsize=64)
+def decode_peak(recipe: Recipe, mode: DecodeMode) -> int:
+    """Bytes that decoding one video takes on top of the weights."""
+    z = torch.empty(1, *recipe.latents, device="meta")
+    return decode_bytes(recipe.vae, z, mode)
+
+
+def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
+    settings = recipe.settings
+    own = sharded(recipe.transformer.parameters(), mesh.fsdp) * recipe.dtype.itemsize
+    text = nbytes(recipe.text_encoder)
+    resting = {"transformer": own, "autoencoder": nbytes(recipe.vae)}
+    if not recipe.offload_text:
+        resting["text encoder"] = text
+    config = recipe.text_encoder.config
+    prompts = recipe.batch * (2 if recipe.guided else 1)
+    item = recipe.text_encoder.dtype.itemsize
+    encoding = prompts * settings["text_len"] * (3 * config.d_ff + 6 * config.d_model) * item
+    decoding = decode_mode(recipe, device.memory - sum(resting.values()))
+    return (
+        Phase("encode prompts", resting | {"text encoder": text, "activations": encoding}),
+        Phase(
+            "denoise",
+            resting
+            | {"gathered weights": _gathered(recipe, mesh, recipe.dtype)}
+            | {"activations": _inference_peak(recipe, mesh), "latents and tables": _tables(recipe, mesh)},
+        ),
+        Phase(
+            f"decode ({decoding})",
+            resting | {"activations": decode_peak(recipe, decoding), "latents": _latents(recipe)},
+        ),
+    )
+
+
+def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
+    own = sharded(recipe.transformer.parameters(), mesh.fsdp) * _FLOAT32
+    state = {
+        "master weights": own,
+        "gradients": own,
+        "optimiser": 2 * own,
+        "EMA": own,
+        "text encoder": nbytes(recipe.text_encoder) * (5 if recipe.train_text else 1),
+        "autoencoder": nbytes(recipe.vae),
+    }
+    half = recipe.dtype is not torch.float32
+    if mesh.fsdp > 1:
+        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0].parameters())
+    else:  # autocast keeps a copy of every weight it has cast until the pass is over
+        gathered = count(recipe.transformer.parameters()) * recipe.dtype.itemsize if half else 0
+    step = {"gathered weights": gathered, "activations": _training_peak(recipe, mesh)}
+    step["latents and tables"] = _tables(recipe, mesh)
+    return Phase("forward and backward", state | step), Phase("optimiser step", state)
+
+
+def _inference_peak(recipe: Recipe, mesh: Mesh) -> int:
+    """Activations while a block runs, or while the video is embedded: whole on every process, then its share."""
+    whole = rows(recipe, mesh) * recipe.grid.tokens * recipe.settings["dim"] * recipe.dtype.itemsize
+    share = whole // (mesh.ssp * mesh.ulysses)
+    return max(max(held.peak for held in held_by_blocks(recipe, mesh)), whole + share)
+
+
+def _training_peak(recipe: Recipe, mesh: Mesh) -> int:
+    """Activations that all blocks keep, and what one more takes while it runs backward."""
+    blocks = held_by_blocks(recipe, mesh)
+    tokens = max(mesh.sequence(recipe).busiest(layout).own_tokens for layout in set(recipe.transformer.layouts))
+    entry = rows(recipe, mesh) * tokens * recipe.settings["dim"] * recipe.dtype.itemsize
+    if recipe.checkpointing:
+        return (blocks.total() - 1) * entry + max(held.backward_peak for held in blocks)
+    last = max(held.backward_peak - held.saved for held in blocks)
+    return sum(held.saved * number for held, number in blocks.items()) + last
+
+
+def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:
+    """Weights that FSDP holds whole for a while."""
+    if mesh.fsdp == 1:
+        return 0
+    every, blocks = count(recipe.transformer.parameters()), recipe.transformer.blocks
+    outside = every - count(blocks.parameters())
+    return (outside + min(_GATHERED_BLOCKS, len(blocks)) * count(blocks[0].parameters())) * dtype.itemsize
+
+
+def _tables(recipe: Recipe, mesh: Mesh) -> int:
+    """Rotary tables in float32, of the whole grid and of each layout's share, and the latents."""
+    head = recipe.settings["dim"] // recipe.settings["num_heads"]
+    sequence = mesh.sequence(recipe)
+    tokens = recipe.grid.tokens + sum(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
+    return tokens * head * _FLOAT32 + _latents(recipe)
+
+
+def _latents(recipe: Recipe) -> int:
+    """Latents of a batch in float32: state, velocity, and both halves' in and out."""
+    channels, frames, height, width = recipe.latents
+    return 6 * recipe.batch * channels * frames * height * width * _FLOAT32
+
+
+@lru_cache(maxsize=512)
+def _traced(recipe: Recipe, shared: Shared, batch: int) -> Held:
+    training = recipe.kind == "train"
+    return trace_block(recipe.settings, shared, batch, recipe.dtype, training, recipe.compiled)

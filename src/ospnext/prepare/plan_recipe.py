@@ -1,0 +1,284 @@
+"""What a configuration of ``generate`` or ``train`` asks for, as far as memory and time depend on it.
+
+Nothing is loaded. Sizes come from the configuration, from config.json or the header of a file where a path exists, and
+else from Wan2.1; what was assumed is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from ospnext.assemble import RunConfig
+from ospnext.checkpoints.components import EMBEDDED, pipeline_folder
+from ospnext.checkpoints.formats import DEFAULTS, read_settings
+from ospnext.checkpoints.load import find_transformer, load_text_encoder, load_vae, open_transformer
+from ospnext.checkpoints.read import read_json
+from ospnext.config import PLACEHOLDER, Config, ConfigError, config_keys, load_config, read_yaml
+from ospnext.config_keys import key_rules
+from ospnext.device import resolve_dtype
+from ospnext.generate.settings import GenerateConfig, read_model_settings
+from ospnext.generate.size import SizeStep, VideoSize, fit_size
+from ospnext.models.text import small_text_encoder
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.ops.layout import Grid
+from ospnext.train.settings import TrainConfig
+
+Kind = Literal["generate", "train"]
+M = TypeVar("M", bound=nn.Module)
+
+WAN = {
+    "14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+    "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
+}
+"""Sizes of Wan2.1's two text-to-video transformers."""
+
+SPARSE = {"skiparse_model_type": "dual_end", "sparse_ratio": 2, "num_full_blocks": 8}
+"""What OSP-Next adds to them."""
+
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+BYTE_VOCABULARY = 384  # of the byte-level tokenizer that training starts from
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """One run, on any number of devices.
+
+    Attributes:
+        kind: what it does.
+        transformer, vae, text_encoder: on the meta device, each in the dtype it is loaded in.
+        grid: tokens of one video.
+        latents: of one video ``(C, T, H, W)``.
+        size: pixels ``(frames, height, width)`` of one video.
+        batch: videos of one forward pass of one sequence.
+        dtype: of the arithmetic.
+        guided: whether a step asks the model twice.
+        batched: both at once.
+        steps: of sampling, or of training in all.
+        kernel: attention kernel asked for.
+        compiled: whether blocks are compiled.
+        offload_text: the text encoder leaves the device once prompts are encoded.
+        train_text: the text encoder is trained along.
+        tiling: ``vae_tiling`` of generate.
+        checkpointing, accumulation: of training.
+        assumed: what nobody said and was taken for granted.
+    """
+
+    kind: Kind
+    transformer: OSPNextTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5EncoderModel
+    grid: Grid
+    latents: tuple[int, int, int, int]
+    size: tuple[int, int, int]
+    batch: int
+    dtype: torch.dtype
+    guided: bool
+    batched: bool
+    steps: int
+    kernel: str
+    compiled: bool
+    offload_text: bool
+    train_text: bool
+    tiling: str
+    checkpointing: bool
+    accumulation: int
+    assumed: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The transformer's settings."""
+        return dict(self.transformer.config)
+
+
+def read_config(path: str, overrides: Sequence[str], kind: Kind | None) -> RunConfig:
+    """The configuration in a YAML file of either command, with placeholders left in.
+
+    Raises:
+        ConfigError: it is of neither or of both, or no sound configuration.
+        FileNotFoundError: no such file.
+    """
+    given = {*read_yaml(path), *(word.partition("=")[0].partition(".")[0].strip() for word in overrides)}
+    kind = kind or _kind(path, given)
+    cls: type[RunConfig] = GenerateConfig if kind == "generate" else TrainConfig
+    return load_config(cls, path, overrides, key_rules(kind))
+
+
+def make_recipe(config: RunConfig) -> Recipe:
+    """What a configuration asks for.
+
+    Raises:
+        ValueError: sizes that do not go together, or a checkpoint that is none.
+    """
+    assumed: list[str] = []
+    generate = config if isinstance(config, GenerateConfig) else None
+    train = config if isinstance(config, TrainConfig) else None
+    home = _home(config)
+    dtype = resolve_dtype(config.weight_dtype)
+    settings = _transformer_settings(config, home, assumed)
+    with torch.device("meta"):
+        # Training keeps its own copy in float32 and computes in weight_dtype.
+        transformer = _cast(OSPNextTransformer3DModel(**settings), torch.float32 if train else dtype)
+    vae = _vae(config, home, assumed)
+    text = _text_encoder(config, home, transformer.config, assumed)
+    if generate is not None:
+        said = read_model_settings(read_json(home / "model_index.json")) if home and _is_pipeline(home) else {}
+        sampling = generate.sampling(said.get("defaults"))
+        size, steps = (sampling.num_frames, sampling.height, sampling.width), sampling.num_inference_steps
+        batch, guided = generate.batch_size, sampling.guidance_scale > 1
+    else:
+        assert train is not None
+        clip = train.data_config.dataset_config
+        size = (clip.sample_num_frames, clip.sample_height, clip.sample_width)
+        batch, guided, steps = train.data_config.batch_size, False, train.training_iteration
+    step = _size_step(vae, transformer)
+    if generate is not None:
+        size = fit_size(VideoSize(*size), step)
+    latents = _latents(size, step, vae, transformer)
+    grid = Grid(*(n // p for n, p in zip(latents[1:], transformer.config.patch_size, strict=True)))
+    return Recipe(
+        kind="generate" if generate else "train",
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text,
+        grid=grid,
+        latents=latents,
+        size=size,
+        batch=batch,
+        dtype=dtype,
+        guided=guided,
+        batched=generate is not None and generate.guidance_mode == "batched",
+        steps=steps,
+        kernel=config.attention_kernel,
+        compiled=train is not None and train.compile,
+        offload_text=generate is not None and generate.encoder_cpu_offload,
+        train_text=train is not None and train.train_text_encoder,
+        tiling=generate.vae_tiling if generate else "auto",
+        checkpointing=train is not None and train.gradient_checkpointing,
+        accumulation=train.gradient_accumulation_steps if train else 1,
+        assumed=tuple(assumed),
+    )
+
+
+def _kind(path: str, given: set[str]) -> Kind:
+    """The command whose keys a file has."""
+    tops = {kind: _top_keys(cls) for kind, cls in (("generate", GenerateConfig), ("train", TrainConfig))}
+    only_train, only_generate = given & (tops["train"] - tops["generate"]), given & (tops["generate"] - tops["train"])
+    if only_train and only_generate:
+        raise ConfigError(
+            f"{path}: {min(only_train)} is a key of train, {min(only_generate)} of generate: say for=train or "
+            "for=generate"
+        )
+    return "train" if only_train else "generate"
+
+
+def _top_keys(cls: type[Config]) -> set[str]:
+    return {key.partition(".")[0] for key, _ in config_keys(cls)}
+
+
+def _home(config: RunConfig) -> Path | None:
+    """The folder or file the transformer comes from, if it is there."""
+    assert isinstance(config, GenerateConfig | TrainConfig)
+    weights = config.transformer_config.pretrained_model_dir_or_checkpoint
+    if config.model is not None:
+        home = pipeline_folder(config.model)
+    elif weights is not None:
+        home = Path(weights)
+    elif isinstance(config, GenerateConfig) and not config.architecture():
+        home = EMBEDDED
+    else:
+        return None
+    return home if home.exists() else None
+
+
+def _is_pipeline(home: Path | None) -> bool:
+    return home is not None and (home / "model_index.json").is_file()
+
+
+def _transformer_settings(config: RunConfig, home: Path | None, assumed: list[str]) -> dict[str, Any]:
+    """Every setting of the transformer."""
+    given = config.architecture()
+    if home is not None:
+        place = find_transformer(home)
+        if place.is_file():
+            return open_transformer(place, **given).settings
+        _, said = read_settings(read_json(place / "config.json"))
+        return DEFAULTS | said | given
+    weights = config.transformer_config.pretrained_model_dir_or_checkpoint or ""
+    named = next((name for name, sizes in WAN.items() if sizes["dim"] == given.get("dim")), None)
+    if "dim" not in given:
+        named = "1.3B" if "1.3b" in weights.lower().replace("_", ".") else "14B"
+        assumed.append(f"transformer: Wan2.1 {named}, for the configuration does not say its sizes")
+        given = WAN[named] | given
+    if named and weights and config.model_name == "osp_next" and "skiparse_model_type" not in given:
+        assumed.append("transformer: OSP-Next's sparse blocks (dual_end, P = 2, 8 dense)")
+        given = SPARSE | given
+    return DEFAULTS | given
+
+
+def _vae(config: RunConfig, home: Path | None, assumed: list[str]) -> AutoencoderKLWan:
+    """The autoencoder that the configuration names, else Wan2.1's."""
+    path, dtype = config.vae_config.vae_path, resolve_dtype(config.vae_config.dtype)
+    place = _existing(path) or (home if path is None and _is_pipeline(home) else None)
+    if place is not None:
+        return load_vae(place, dtype, "meta")
+    assumed.append("autoencoder: Wan2.1's")
+    with torch.device("meta"):
+        return _cast(AutoencoderKLWan(), dtype)
+
+
+def _text_encoder(
+    config: RunConfig, home: Path | None, transformer: Mapping[str, Any], assumed: list[str]
+) -> UMT5EncoderModel:
+    """The text encoder that the configuration names, else one that fits: UMT5-XXL for Wan2.1's width."""
+    text = config.text_encoder_config
+    train = isinstance(config, TrainConfig)
+    dtype = torch.float32 if train else resolve_dtype(text.dtype or config.weight_dtype)
+    place = _existing(text.checkpoint_path) or (home if text.checkpoint_path is None and _is_pipeline(home) else None)
+    if place is not None:
+        return load_text_encoder(place, dtype, "meta")
+    with torch.device("meta"):
+        if transformer["text_dim"] == UMT5_XXL["d_model"]:
+            assumed.append("text encoder: UMT5-XXL")
+            return _cast(UMT5EncoderModel(UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu")), dtype)
+        assumed.append("text encoder: two layers of the transformer's text_dim")
+        return _cast(small_text_encoder(transformer["text_dim"], BYTE_VOCABULARY), dtype)
+
+
+def _cast(module: M, dtype: torch.dtype) -> M:
+    return nn.Module.to(module, dtype).eval()  # diffusers' own ``to`` warns of layers it would keep in float32
+
+
+def _existing(path: str | None) -> Path | None:
+    """A path that is there; a placeholder or one of another machine is not."""
+    return None if path is None or path.startswith(PLACEHOLDER) or not Path(path).exists() else Path(path)
+
+
+def _size_step(vae: AutoencoderKLWan, transformer: OSPNextTransformer3DModel) -> SizeStep:
+    """What sizes of video these networks make."""
+    time, height, width = transformer.config.patch_size
+    space = vae.config.scale_factor_spatial
+    return SizeStep(vae.config.scale_factor_temporal * time, space * height, space * width)
+
+
+def _latents(
+    size: tuple[int, int, int], step: SizeStep, vae: AutoencoderKLWan, transformer: OSPNextTransformer3DModel
+) -> tuple[int, int, int, int]:
+    """Latents ``(C, T, H, W)`` of a video.
+
+    Raises:
+        ConfigError: these networks make no video of that size.
+    """
+    frames, height, width = size
+    if (frames - 1) % step.frames or height % step.height or width % step.width:
+        raise ConfigError(
+            f"a video of {frames} frames of {width} x {height}: these networks need {step.frames}k + 1 frames, heights "
+            f"that are multiples of {step.height} and widths of {step.width}"
+        )
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    return transformer.config.in_dim, (frames - 1) // time + 1, height // space, width // space

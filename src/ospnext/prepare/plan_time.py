@@ -1,0 +1,162 @@
+"""How long a step takes on one process of a mesh: every kind of work at its own rate, one after the other.
+
+Fetching weights (FSDP) runs beside the blocks and costs what is longer than they are; exchanges between the processes
+of a sequence do not overlap and cost all they take.
+"""
+
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+from ospnext.ops.layout import Layout
+from ospnext.prepare.plan_devices import BACKWARD_SHARE, Device
+from ospnext.prepare.plan_memory import _traced, rows
+from ospnext.prepare.plan_mesh import Mesh
+from ospnext.prepare.plan_recipe import Recipe
+from ospnext.prepare.plan_trace import Held
+from ospnext.prepare.plan_work import Flops, block_flops, count, decode_flops, encode_flops, ends_flops, sharded
+
+_REDUCED = 4  # bytes of a gradient on its way
+_OPTIMISER_PASSES = 4 + 3 + 3  # float32 read and written: weights, gradients, moments, then the average
+
+
+class Seconds(NamedTuple):
+    """One step, by what it is spent on."""
+
+    linears: float
+    attention: float
+    elementwise: float
+    exchanges: float  # between the processes of a sequence
+    weights: float  # what of FSDP and DDP is not hidden
+    optimiser: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self)
+
+
+class Sent(NamedTuple):
+    """Bytes that the busiest process sends in one step."""
+
+    attends: int  # Ulysses, inside blocks
+    switches: int  # between layouts
+    gathers: int  # weights
+    reductions: int  # gradients
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class Run(NamedTuple):
+    """A whole run: seconds of its parts, and of all."""
+
+    encode: float
+    steps: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """From the first prompt or step to the last."""
+        return sum(self)
+
+
+def step_flops(recipe: Recipe, mesh: Mesh) -> Flops:
+    """One forward pass of one process; a guided step that is not batched has two."""
+    sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
+    linear = attention = 0
+    for layout, number in Counter(sequence.layouts).items():
+        flops = block_flops(recipe.settings, sequence.busiest(layout), batch)
+        linear, attention = linear + number * flops.linear, attention + number * flops.attention
+    own = max(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
+    return Flops(linear + ends_flops(recipe.settings, recipe.grid.tokens, own, batch), attention)
+
+
+def passes(recipe: Recipe, mesh: Mesh) -> int:
+    """Forward passes that one process makes in a step."""
+    if recipe.kind == "train":
+        return recipe.accumulation
+    return 2 if recipe.guided and not recipe.batched and mesh.cfg == 1 else 1
+
+
+def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
+    """Bytes sent in one step."""
+    sequence, settings = mesh.sequence(recipe), recipe.settings
+    training = recipe.kind == "train"
+    ways = 1 + training  # what goes forward comes back as gradients
+    again = recipe.checkpointing  # attention's exchanges are made again, those between blocks are not
+    each = passes(recipe, mesh) * rows(recipe, mesh) * recipe.dtype.itemsize
+    blocks = count(recipe.transformer.blocks.parameters())
+    weights = count(recipe.transformer.parameters())
+    share = (mesh.fsdp - 1) / mesh.fsdp
+    fetched = (blocks * ways + weights - blocks) * recipe.dtype.itemsize * share
+    reduced = 0.0
+    if training:
+        own = sharded(recipe.transformer.parameters(), mesh.fsdp)
+        reduced = _REDUCED * (weights * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
+    return Sent(
+        each * (ways + again) * sequence.attends(settings["dim"]),
+        each * ways * sequence.switches(settings["dim"]),
+        int(passes(recipe, mesh) * fetched),
+        int(reduced),
+    )
+
+
+def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
+    """One step of sampling, both halves of guidance included, or of the optimiser."""
+    training, times = recipe.kind == "train", passes(recipe, mesh)
+    flops, sent = step_flops(recipe, mesh), step_sent(recipe, mesh)
+    again = recipe.checkpointing
+    linears = times * flops.linear * (3 + again if training else 1) / device.linear(recipe.dtype)
+    ways = 1 + again + 2.5 / BACKWARD_SHARE if training else 1  # five products backward for two forward
+    attention = times * flops.attention * ways / device.attention(recipe.kernel, recipe.dtype)
+    moved = 0
+    for held, number in _blocks(recipe, mesh):
+        moved += number * (held.forward_traffic * (1 + again) + held.backward_traffic)
+    reordered = 2 * _reordered(recipe, mesh) * (1 + training)
+    bandwidth = device.bandwidth(recipe.compiled)
+    elementwise = times * (moved / bandwidth + reordered / device.bandwidth(False))
+    exchanges = (sent.attends + sent.switches) / device.link(mesh.ssp * mesh.ulysses)
+    busy = linears + attention + elementwise + exchanges
+    fetch = sent.gathers / device.link(mesh.fsdp)
+    reduce = sent.reductions / device.link(mesh.fsdp if mesh.ddp == 1 else mesh.world)
+    optimiser = 0.0
+    if training:
+        own = sharded(recipe.transformer.parameters(), mesh.fsdp)
+        optimiser = own * 4 * _OPTIMISER_PASSES / device.bandwidth(False)
+    return Seconds(linears, attention, elementwise, exchanges, max(0.0, fetch + reduce - busy), optimiser)
+
+
+def run_seconds(recipe: Recipe, mesh: Mesh, device: Device, videos: int) -> Run:
+    """All of a run: of ``generate`` so many videos, of ``train`` all its steps."""
+    step = step_seconds(recipe, mesh, device).total
+    if recipe.kind == "train":
+        return Run(0.0, recipe.steps * step, 0.0)
+    rounds = -(-videos // (mesh.dp * recipe.batch))
+    prompts = recipe.batch * (1 + recipe.guided)
+    encode = encode_flops(recipe.text_encoder, recipe.settings["text_len"], prompts) / device.linear(recipe.dtype)
+    decode = recipe.batch * _decode_flops(recipe) / device.convolution(recipe.vae.dtype)
+    return Run(rounds * encode, rounds * recipe.steps * step, rounds * decode)
+
+
+def _blocks(recipe: Recipe, mesh: Mesh) -> list[tuple[Held, int]]:
+    sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
+    numbers = Counter(sequence.layouts)
+    return [(_traced(recipe, sequence.busiest(layout), batch), number) for layout, number in numbers.items()]
+
+
+def _reordered(recipe: Recipe, mesh: Mesh) -> int:
+    """Bytes of hidden states that changes of layout copy."""
+    layouts = recipe.transformer.layouts
+    changes = sum(
+        here is not there for here, there in zip((Layout.FULL, *layouts), (*layouts, Layout.FULL), strict=True)
+    )
+    tokens = recipe.grid.tokens // (mesh.ssp * mesh.ulysses)
+    return changes * rows(recipe, mesh) * tokens * recipe.settings["dim"] * recipe.dtype.itemsize
+
+
+@lru_cache(maxsize=16)
+def _decode_flops(recipe: Recipe) -> int:
+    return decode_flops(recipe.vae, recipe.latents)
