@@ -114,8 +114,13 @@ def try_mesh(recipe: Recipe, mesh: Mesh, device: Device, videos: int = 1) -> Opt
 def _order(recipe: Recipe, option: Option) -> tuple[float, int]:
     """What to sort by: of ``generate`` the time of all videos, of ``train`` that of one sample; then memory."""
     if recipe.kind == "generate":
-        return round(option.run.total, 3), option.peak
-    return round(option.step.total / option.mesh.dp, 5), option.peak
+        return _rounded(option.run.total), option.peak
+    return _rounded(option.step.total / option.mesh.dp), option.peak
+
+
+def _rounded(seconds: float) -> float:
+    """Four digits: what is closer is as good, and memory decides."""
+    return float(f"{seconds:.4g}")
 
 
 def _world(config: RunConfig) -> int:

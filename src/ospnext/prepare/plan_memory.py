@@ -68,7 +68,7 @@ def decode_peak(recipe: Recipe, mode: DecodeMode) -> int:
 
 def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
     settings = recipe.settings
-    own = sharded(recipe.transformer.parameters(), mesh.fsdp) * recipe.dtype.itemsize
+    own = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
     text = nbytes(recipe.text_encoder)
     resting = {"transformer": own, "autoencoder": nbytes(recipe.vae)}
     if not recipe.offload_text:
@@ -94,7 +94,7 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
 
 
 def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
-    own = sharded(recipe.transformer.parameters(), mesh.fsdp) * _FLOAT32
+    own = sharded(recipe.transformer, mesh.fsdp) * _FLOAT32
     state = {
         "master weights": own,
         "gradients": own,
@@ -105,9 +105,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
     }
     half = recipe.dtype is not torch.float32
     if mesh.fsdp > 1:
-        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0].parameters())
+        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0])
     else:  # autocast keeps a copy of every weight it has cast until the pass is over
-        gathered = count(recipe.transformer.parameters()) * recipe.dtype.itemsize if half else 0
+        gathered = count(recipe.transformer) * recipe.dtype.itemsize if half else 0
     step = {"gathered weights": gathered, "activations": _training_peak(recipe, mesh)}
     step["latents and tables"] = _tables(recipe, mesh)
     return Phase("forward and backward", state | step), Phase("optimiser step", state)
@@ -135,9 +135,9 @@ def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:
     """Weights that FSDP holds whole for a while."""
     if mesh.fsdp == 1:
         return 0
-    every, blocks = count(recipe.transformer.parameters()), recipe.transformer.blocks
-    outside = every - count(blocks.parameters())
-    return (outside + min(_GATHERED_BLOCKS, len(blocks)) * count(blocks[0].parameters())) * dtype.itemsize
+    every, blocks = count(recipe.transformer), recipe.transformer.blocks
+    outside = every - count(blocks)
+    return (outside + min(_GATHERED_BLOCKS, len(blocks)) * count(blocks[0])) * dtype.itemsize
 
 
 def _tables(recipe: Recipe, mesh: Mesh) -> int:

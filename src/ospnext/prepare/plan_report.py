@@ -146,7 +146,7 @@ def _print_head(console: Console, plan: Plan, shown: Option) -> None:
     lines = {
         "plan": f"{recipe.kind}, {frames} frames of {width} x {height}: {recipe.grid.tokens:,} tokens, batch "
         f"{recipe.batch}{', guided' if recipe.guided else ''}",
-        "model": f"{count(recipe.transformer.parameters()) / 1e9:.2f} billion parameters, {dense} dense "
+        "model": f"{count(recipe.transformer) / 1e9:.2f} billion parameters, {dense} dense "
         f"and {len(layouts) - dense} sparse blocks, {str(recipe.dtype).removeprefix('torch.')}, "
         f"{'compiled' if recipe.compiled else 'eager'}",
         "devices": f"{plan.world} x {plan.device.title}",

@@ -88,13 +88,13 @@ def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
     ways = 1 + training  # what goes forward comes back as gradients
     again = recipe.checkpointing  # attention's exchanges are made again, those between blocks are not
     each = passes(recipe, mesh) * rows(recipe, mesh) * recipe.dtype.itemsize
-    blocks = count(recipe.transformer.blocks.parameters())
-    weights = count(recipe.transformer.parameters())
+    blocks = count(recipe.transformer.blocks)
+    weights = count(recipe.transformer)
     share = (mesh.fsdp - 1) / mesh.fsdp
     fetched = (blocks * ways + weights - blocks) * recipe.dtype.itemsize * share
     reduced = 0.0
     if training:
-        own = sharded(recipe.transformer.parameters(), mesh.fsdp)
+        own = sharded(recipe.transformer, mesh.fsdp)
         reduced = _REDUCED * (weights * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
     return Sent(
         each * (ways + again) * sequence.attends(settings["dim"]),
@@ -124,7 +124,7 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     reduce = sent.reductions / device.link(mesh.fsdp if mesh.ddp == 1 else mesh.world)
     optimiser = 0.0
     if training:
-        own = sharded(recipe.transformer.parameters(), mesh.fsdp)
+        own = sharded(recipe.transformer, mesh.fsdp)
         optimiser = own * 4 * _OPTIMISER_PASSES / device.bandwidth(False)
     return Seconds(linears, attention, elementwise, exchanges, max(0.0, fetch + reduce - busy), optimiser)
 

@@ -74,7 +74,7 @@ class _Storage:
     readers: set[int] = field(default_factory=set)  # regions in which something that moves memory reads it
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Records every operation; ``held`` sums up. ``dtype`` is that of the hidden states."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -168,7 +168,7 @@ class _FusedAttention(torch.autograd.Function):
     """What a fused attention kernel leaves behind: its result, and for the backward pass a sum for every query."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, watch: _Watch) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, watch: Watch) -> Tensor:
         out, sums = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
         watch.record((q, k, v), (out, sums))
         ctx.save_for_backward(q, k, v, out, sums)
@@ -187,7 +187,7 @@ class _FusedNorm(torch.autograd.Function):
     """RMS norm as one kernel, which accelerators have and the meta device has not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, watch: _Watch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, watch: Watch) -> Tensor:
         out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
         watch.record((x, weight), (out, scale), torch.ops.aten.native_layer_norm.default)
         ctx.save_for_backward(x, weight, scale)
@@ -207,7 +207,7 @@ class _Exchange(torch.autograd.Function):
     """An all-to-all: rows of another number arrive."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int, watch: _Watch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: int, watch: Watch) -> Tensor:
         out = x.new_empty(rows, *x.shape[1:])
         watch.record((x,), (out,))
         ctx.rows, ctx.watch = len(x), watch
@@ -223,7 +223,7 @@ class _Exchange(torch.autograd.Function):
 class _KernelsOnMeta(TorchFunctionMode):
     """Stands in for kernels that the meta device lacks: it would make attention's whole matrix, a norm's every step."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
 
@@ -239,7 +239,7 @@ class _KernelsOnMeta(TorchFunctionMode):
 class _Ulysses(Attend):
     """The buffers of ``parallel.sequence.ShardedAttend``, copy for copy, on one process."""
 
-    def __init__(self, shared: Shared, watch: _Watch) -> None:
+    def __init__(self, shared: Shared, watch: Watch) -> None:
         super().__init__("sdpa")
         self.shared, self.watch = shared, watch
 
@@ -281,13 +281,13 @@ def trace_block(
         time = torch.empty(batch, 6, dim, requires_grad=training)
         text = torch.empty(batch, settings["text_len"], dim, dtype=dtype, requires_grad=training)
         rope = torch.empty(tokens, dim // settings["num_heads"])
-    watch = _Watch(dtype)
+    watch = Watch(dtype)
     block.self_attn.attend = _Ulysses(shared, watch)
     block.cross_attn.attend = _Ulysses(shared, watch)
     return watch_call(watch, lambda: block(x, time, text, rope, shared.segments), x, [*block.parameters()], fused)
 
 
-def watch_call(watch: _Watch, call: Callable[[], Tensor], x: Tensor, weights: Sequence[Tensor], fused: bool) -> Held:
+def watch_call(watch: Watch, call: Callable[[], Tensor], x: Tensor, weights: Sequence[Tensor], fused: bool) -> Held:
     """Call a block under a watch, and its backward pass where its input ``x`` wants a gradient."""
     training = x.requires_grad
     with torch.set_grad_enabled(training), watch, _KernelsOnMeta(watch):

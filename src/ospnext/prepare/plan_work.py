@@ -3,7 +3,7 @@
 FLOPs count a multiplication and an addition as two. The tests hold the forms to torch's own count.
 """
 
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def ends_flops(settings: dict[str, Any], tokens: int, own_tokens: int, batch: in
 def encode_flops(text_encoder: UMT5EncoderModel, text_len: int, prompts: int) -> int:
     """Encoding prompts: two FLOPs a weight and token, the embedding table aside."""
     vocabulary, width = text_encoder.config.vocab_size, text_encoder.config.d_model
-    return 2 * (count(text_encoder.parameters()) - vocabulary * width) * text_len * prompts
+    return 2 * (count(text_encoder) - vocabulary * width) * text_len * prompts
 
 
 def decode_flops(vae: AutoencoderKLWan, latents: tuple[int, int, int, int]) -> int:
@@ -59,9 +59,10 @@ def decode_flops(vae: AutoencoderKLWan, latents: tuple[int, int, int, int]) -> i
     return counter.get_total_flops()
 
 
-def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Numbers in parameters."""
-    return sum(p.numel() for p in parameters)
+@lru_cache(maxsize=64)
+def count(module: nn.Module) -> int:
+    """Numbers in a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def nbytes(module: nn.Module) -> int:
@@ -69,7 +70,10 @@ def nbytes(module: nn.Module) -> int:
     return sum(p.numel() * p.itemsize for p in module.parameters())
 
 
-def sharded(parameters: Iterable[nn.Parameter], ranks: int) -> int:
-    """Numbers that one of ``ranks`` processes holds under FSDP2: every parameter is cut along its first axis into
-    near-equal chunks, and the shorter ones are padded."""
-    return sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in parameters)
+@lru_cache(maxsize=64)
+def sharded(module: nn.Module, ranks: int) -> int:
+    """Numbers that one of ``ranks`` processes holds of a module under FSDP2.
+
+    Every parameter is cut along its first axis into near-equal chunks, and the shorter ones are padded.
+    """
+    return sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in module.parameters())
