@@ -95,7 +95,15 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
     words = ["plan", str(GENERATE), "--world", "8", "num_frames=17"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    for text in ("memory of one rank", "one step of one rank", "sent by one rank", "best first", "chosen", "fits"):
+    for text in (
+        "memory of one rank",
+        "PFLOP of one rank",
+        "time of one rank",
+        "sent by one rank",
+        "best first",
+        "chosen",
+        "fits",
+    ):
         assert text in shown
     assert main([*words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -84,7 +84,8 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
             "denoise",
             resting
             | {"gathered weights": _gathered(recipe, mesh, recipe.dtype)}
-            | {"activations": _inference_peak(recipe, mesh), "latents and tables": _tables(recipe, mesh)},
+            | _inference_activations(recipe, mesh)
+            | {"latents and tables": _tables(recipe, mesh)},
         ),
         Phase(
             f"decode ({decoding})",
@@ -108,27 +109,33 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
         gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0])
     else:  # autocast keeps a copy of every weight it has cast until the pass is over
         gathered = count(recipe.transformer) * recipe.dtype.itemsize if half else 0
-    step = {"gathered weights": gathered, "activations": _training_peak(recipe, mesh)}
+    step = {"gathered weights": gathered} | _training_activations(recipe, mesh)
     step["latents and tables"] = _tables(recipe, mesh)
     return Phase("forward and backward", state | step), Phase("optimiser step", state)
 
 
-def _inference_peak(recipe: Recipe, mesh: Mesh) -> int:
-    """Activations while a block runs, or while the video is embedded: whole on every process, then its share."""
+def _inference_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
+    """While a block runs, or while the video is embedded: whole on every process, then its share."""
     whole = rows(recipe, mesh) * recipe.grid.tokens * recipe.settings["dim"] * recipe.dtype.itemsize
-    share = whole // (mesh.ssp * mesh.ulysses)
-    return max(max(held.peak for held in held_by_blocks(recipe, mesh)), whole + share)
+    entry = _entry(recipe, mesh)
+    peak = max(max(held.peak for held in held_by_blocks(recipe, mesh)), whole + entry)
+    return {"activations": entry, "temporaries": peak - entry}
 
 
-def _training_peak(recipe: Recipe, mesh: Mesh) -> int:
-    """Activations that all blocks keep, and what one more takes while it runs backward."""
-    blocks = held_by_blocks(recipe, mesh)
-    tokens = max(mesh.sequence(recipe).busiest(layout).own_tokens for layout in set(recipe.transformer.layouts))
-    entry = rows(recipe, mesh) * tokens * recipe.settings["dim"] * recipe.dtype.itemsize
+def _training_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
+    """What all blocks keep for the backward pass, and what one more takes while it runs."""
+    blocks, entry = held_by_blocks(recipe, mesh), _entry(recipe, mesh)
     if recipe.checkpointing:
-        return (blocks.total() - 1) * entry + max(held.backward_peak for held in blocks)
-    last = max(held.backward_peak - held.saved for held in blocks)
-    return sum(held.saved * number for held, number in blocks.items()) + last
+        return {"activations": blocks.total() * entry, "temporaries": max(h.backward_peak for h in blocks) - entry}
+    kept = sum(held.saved * number for held, number in blocks.items())
+    return {"activations": kept, "temporaries": max(held.backward_peak - held.saved for held in blocks)}
+
+
+def _entry(recipe: Recipe, mesh: Mesh) -> int:
+    """Hidden states between two blocks, on the process that has most."""
+    sequence = mesh.sequence(recipe)
+    tokens = max(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
+    return rows(recipe, mesh) * tokens * recipe.settings["dim"] * recipe.dtype.itemsize
 
 
 def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:

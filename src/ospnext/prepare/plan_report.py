@@ -129,7 +129,7 @@ def _option(plan: Plan, option: Option, whole: bool) -> dict[str, Any]:
         return brief
     return brief | {
         "phases": [{"name": phase.name, "total": phase.total, "parts": phase.parts} for phase in option.phases],
-        "forward_flops": step_flops(plan.recipe, option.mesh)._asdict(),
+        "flops_a_step": {name: flops._asdict() for name, flops in step_flops(plan.recipe, option.mesh).items()},
         "forwards_a_step": passes(plan.recipe, option.mesh),
         "sent_a_step": step_sent(plan.recipe, option.mesh)._asdict(),
         "sent_a_block": block_traffic(plan, option),
@@ -178,17 +178,22 @@ def _print_memory(console: Console, plan: Plan, shown: Option) -> None:
 
 def _print_work(console: Console, plan: Plan, shown: Option) -> None:
     recipe = plan.recipe
-    flops, times = step_flops(recipe, shown.mesh), passes(recipe, shown.mesh)
-    title = f"one step of one rank: {times} forward pass{'es' if times > 1 else ''}"
-    if recipe.kind == "train":
-        title += ", backward too" + (", blocks run again for it" if recipe.checkpointing else "")
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title="PFLOP of one rank in one step", title_justify="left", pad_edge=False)
+    for column in ("what", "linears", "attention"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    flops = step_flops(recipe, shown.mesh)
+    for name, part in flops.items():
+        table.add_row(name, *(f"{amount / 1e15:.3f}" for amount in part))
+    table.add_section()
+    table.add_row("all", *(f"{sum(part[i] for part in flops.values()) / 1e15:.3f}" for i in (0, 1)))
+    console.print(table)
+    table = Table(title="time of one rank", title_justify="left", pad_edge=False)
     for column in ("what", "amount", "seconds"):
         table.add_column(column, justify="left" if column == "what" else "right")
     sent = step_sent(recipe, shown.mesh)
     amounts = {
-        "linears": f"{flops.linear / 1e15:.3f} PFLOP forward",
-        "attention": f"{flops.attention / 1e15:.3f} PFLOP forward",
+        "linears": f"{sum(part.linear for part in flops.values()) / 1e15:.3f} PFLOP",
+        "attention": f"{sum(part.attention for part in flops.values()) / 1e15:.3f} PFLOP",
         "elementwise": "",
         "exchanges": f"{(sent.attends + sent.switches) / 1e9:.2f} GB sent",
         "weights": f"{(sent.gathers + sent.reductions) / 1e9:.2f} GB sent",

@@ -63,15 +63,33 @@ class Run(NamedTuple):
         return sum(self)
 
 
-def step_flops(recipe: Recipe, mesh: Mesh) -> Flops:
-    """One forward pass of one process; a guided step that is not batched has two."""
+def forward_flops(recipe: Recipe, mesh: Mesh) -> dict[str, Flops]:
+    """One forward pass of one process, by what runs; a guided step that is not batched has two."""
     sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
-    linear = attention = 0
+    found = {"dense blocks": Flops(0, 0), "sparse blocks": Flops(0, 0)}
     for layout, number in Counter(sequence.layouts).items():
+        name = "dense blocks" if layout is Layout.FULL else "sparse blocks"
         flops = block_flops(recipe.settings, sequence.busiest(layout), batch)
-        linear, attention = linear + number * flops.linear, attention + number * flops.attention
+        linear, attention = found[name]
+        found[name] = Flops(linear + number * flops.linear, attention + number * flops.attention)
     own = max(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
-    return Flops(linear + ends_flops(recipe.settings, recipe.grid.tokens, own, batch), attention)
+    found["embeddings and head"] = Flops(ends_flops(recipe.settings, recipe.grid.tokens, own, batch), 0)
+    return found
+
+
+def step_flops(recipe: Recipe, mesh: Mesh) -> dict[str, Flops]:
+    """All of a step of one process: forward passes by what runs; in training blocks run again, and backward."""
+    times = passes(recipe, mesh)
+    forward = forward_flops(recipe, mesh)
+    found = {name: Flops(times * flops.linear, times * flops.attention) for name, flops in forward.items()}
+    if recipe.kind == "train":
+        blocks = Flops(*(sum(found[name][i] for name in ("dense blocks", "sparse blocks")) for i in (0, 1)))
+        if recipe.checkpointing:
+            found["blocks run again"] = blocks
+        outside = found["embeddings and head"].linear
+        # Five products for the two of a forward attention: its scores are made again.
+        found["backward"] = Flops(2 * (blocks.linear + outside), 5 * blocks.attention // 2)
+    return found
 
 
 def passes(recipe: Recipe, mesh: Mesh) -> int:
@@ -109,9 +127,9 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     training, times = recipe.kind == "train", passes(recipe, mesh)
     flops, sent = step_flops(recipe, mesh), step_sent(recipe, mesh)
     again = recipe.checkpointing
-    linears = times * flops.linear * (3 + again if training else 1) / device.linear(recipe.dtype)
-    ways = 1 + again + 2.5 / BACKWARD_SHARE if training else 1  # five products backward for two forward
-    attention = times * flops.attention * ways / device.attention(recipe.kernel, recipe.dtype)
+    linears = sum(part.linear for part in flops.values()) / device.linear(recipe.dtype)
+    slowed = sum(part.attention / (BACKWARD_SHARE if name == "backward" else 1) for name, part in flops.items())
+    attention = slowed / device.attention(recipe.kernel, recipe.dtype)
     moved = 0
     for held, number in _blocks(recipe, mesh):
         moved += number * (held.forward_traffic * (1 + again) + held.backward_traffic)
