@@ -1,6 +1,7 @@
 """Counted on meta tensors beside what real tensors take: shards, saved activations, the peak of a forward pass."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid, Layout, order
 from ospnext.ops.rope import rope_table
+from ospnext.prepare.plan_devices import find_device
+from ospnext.prepare.plan_memory import phases
+from ospnext.prepare.plan_mesh import Mesh
+from ospnext.prepare.plan_recipe import make_recipe, read_config
 from ospnext.prepare.plan_trace import Held, Shared, trace_block
 from ospnext.prepare.plan_work import sharded
 
@@ -71,6 +76,35 @@ def test_the_peak_of_a_forward_pass_is_what_the_allocator_saw(layout: Layout) ->
             alive += event.nbytes()
             peak = max(peak, alive)
     assert traced(layout, False, False).peak - arguments[0].nbytes == pytest.approx(peak, rel=0.1)
+
+
+TRAIN = """
+weight_dtype: fp32
+compile: false
+model_config: {dim: 96, ffn_dim: 256, num_heads: 4, num_layers: 8, text_dim: 32, text_len: 12, freq_dim: 16,
+  qk_norm: false, skiparse_model_type: dual_end, sparse_ratio: 2, num_full_blocks: 4}
+data_config: {batch_size: 2, dataset_config: {sample_num_frames: 13, sample_height: 144, sample_width: 160}}
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_whole_model_keeps_what_the_plan_says(checkpointing: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    recipe = make_recipe(
+        read_config(str(tmp_path / "train.yaml"), [f"gradient_checkpointing={str(checkpointing).lower()}"], None)
+    )
+    parts = phases(recipe, Mesh(1, 1, 1, 1, 1, 1), find_device("h100"))[0].parts
+    model = OSPNextTransformer3DModel(**recipe.settings).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    inputs = torch.randn(2, *recipe.latents), torch.rand(2), torch.randn(2, 12, 32)
+    model(*inputs, return_dict=False)  # plans and tables are made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        out = model(*inputs, return_dict=False)[0]
+    events = prof.profiler.kineto_results.events()
+    alive = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    out.sum().backward()
+    assert parts["activations"] == pytest.approx(alive, rel=0.1)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ospnext.models.video_vae import DecodeMode, decode_bytes
 from ospnext.prepare.plan_devices import Device
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
-from ospnext.prepare.plan_trace import Held, Shared, trace_block
+from ospnext.prepare.plan_trace import Held, Shared, trace_block, trace_head
 from ospnext.prepare.plan_work import count, nbytes, sharded
 
 _GATHERED_BLOCKS = 2  # the one that runs and the one fetched meanwhile
@@ -115,27 +115,43 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
 
 
 def _inference_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
-    """While a block runs, or while the video is embedded: whole on every process, then its share."""
+    """While a block or the head runs, or while the video is embedded: whole on every process, then its share."""
     whole = rows(recipe, mesh) * recipe.grid.tokens * recipe.settings["dim"] * recipe.dtype.itemsize
     entry = _entry(recipe, mesh)
-    peak = max(max(held.peak for held in held_by_blocks(recipe, mesh)), whole + entry)
+    peak = max(whole + entry, _head(recipe, mesh).peak, *(held.peak for held in held_by_blocks(recipe, mesh)))
     return {"activations": entry, "temporaries": peak - entry}
 
 
 def _training_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
-    """What all blocks keep for the backward pass, and what one more takes while it runs."""
-    blocks, entry = held_by_blocks(recipe, mesh), _entry(recipe, mesh)
+    """What blocks and head keep for the backward pass, and what more is there while that runs, the head first."""
+    blocks, entry, head = held_by_blocks(recipe, mesh), _entry(recipe, mesh), _head(recipe, mesh)
     if recipe.checkpointing:
-        return {"activations": blocks.total() * entry, "temporaries": max(h.backward_peak for h in blocks) - entry}
-    kept = sum(held.saved * number for held, number in blocks.items())
-    return {"activations": kept, "temporaries": max(held.backward_peak - held.saved for held in blocks)}
+        kept, more = blocks.total() * entry, max(held.backward_peak for held in blocks) - entry
+    else:
+        kept = sum(held.saved * number for held, number in blocks.items())
+        more = max(held.backward_peak - held.saved for held in blocks)
+    return {"activations": kept + head.saved, "temporaries": max(more, head.backward_peak) - head.saved}
+
+
+def _head(recipe: Recipe, mesh: Mesh) -> Held:
+    tokens = _own_tokens(recipe, mesh)
+    return _traced_head(recipe, tokens, rows(recipe, mesh))
+
+
+@lru_cache(maxsize=512)
+def _traced_head(recipe: Recipe, tokens: int, batch: int) -> Held:
+    return trace_head(recipe.settings, tokens, batch, recipe.dtype, recipe.kind == "train", False)  # never compiled
+
+
+def _own_tokens(recipe: Recipe, mesh: Mesh) -> int:
+    """Tokens of the process that has most of a video."""
+    sequence = mesh.sequence(recipe)
+    return max(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
 
 
 def _entry(recipe: Recipe, mesh: Mesh) -> int:
-    """Hidden states between two blocks, on the process that has most."""
-    sequence = mesh.sequence(recipe)
-    tokens = max(sequence.busiest(layout).own_tokens for layout in set(sequence.layouts))
-    return rows(recipe, mesh) * tokens * recipe.settings["dim"] * recipe.dtype.itemsize
+    """Hidden states between two blocks."""
+    return rows(recipe, mesh) * _own_tokens(recipe, mesh) * recipe.settings["dim"] * recipe.dtype.itemsize
 
 
 def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from ospnext.ops.layout import Layout
 from ospnext.prepare.plan_devices import BACKWARD_SHARE, Device
-from ospnext.prepare.plan_memory import _traced, rows
+from ospnext.prepare.plan_memory import held_by_blocks, rows
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
-from ospnext.prepare.plan_trace import Held
 from ospnext.prepare.plan_work import Flops, block_flops, count, decode_flops, encode_flops, ends_flops, sharded
 
 _REDUCED = 4  # bytes of a gradient on its way
@@ -131,7 +130,7 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     slowed = sum(part.attention / (BACKWARD_SHARE if name == "backward" else 1) for name, part in flops.items())
     attention = slowed / device.attention(recipe.kernel, recipe.dtype)
     moved = 0
-    for held, number in _blocks(recipe, mesh):
+    for held, number in held_by_blocks(recipe, mesh).items():
         moved += number * (held.forward_traffic * (1 + again) + held.backward_traffic)
     reordered = 2 * _reordered(recipe, mesh) * (1 + training)
     bandwidth = device.bandwidth(recipe.compiled)
@@ -157,12 +156,6 @@ def run_seconds(recipe: Recipe, mesh: Mesh, device: Device, videos: int) -> Run:
     encode = encode_flops(recipe.text_encoder, recipe.settings["text_len"], prompts) / device.linear(recipe.dtype)
     decode = recipe.batch * _decode_flops(recipe) / device.convolution(recipe.vae.dtype)
     return Run(rounds * encode, rounds * recipe.steps * step, rounds * decode)
-
-
-def _blocks(recipe: Recipe, mesh: Mesh) -> list[tuple[Held, int]]:
-    sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
-    numbers = Counter(sequence.layouts)
-    return [(_traced(recipe, sequence.busiest(layout), batch), number) for layout, number in numbers.items()]
 
 
 def _reordered(recipe: Recipe, mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ Two ways to count:
   writes, and hidden states that live across one, are in memory at all.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ospnext.models.transformer import TransformerBlock
+from ospnext.models.transformer import Head, TransformerBlock
 from ospnext.ops.attention import Attend
 
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
@@ -285,6 +286,17 @@ def trace_block(
     block.self_attn.attend = _Ulysses(shared, watch)
     block.cross_attn.attend = _Ulysses(shared, watch)
     return watch_call(watch, lambda: block(x, time, text, rope, shared.segments), x, [*block.parameters()], fused)
+
+
+def trace_head(
+    settings: dict[str, Any], tokens: int, batch: int, dtype: torch.dtype, training: bool, fused: bool
+) -> Held:
+    """The same for the head, on a process's own tokens; arguments as in ``trace_block``."""
+    with torch.device("meta"):
+        head = Head(settings["dim"], math.prod(settings["patch_size"]) * settings["out_dim"], settings["eps"]).to(dtype)
+        x = torch.empty(batch, tokens, settings["dim"], dtype=dtype, requires_grad=training)
+        time = torch.empty(batch, settings["dim"], requires_grad=training)
+    return watch_call(Watch(dtype), lambda: head(x, time), x, [*head.parameters()], fused)
 
 
 def watch_call(watch: Watch, call: Callable[[], Tensor], x: Tensor, weights: Sequence[Tensor], fused: bool) -> Held:
