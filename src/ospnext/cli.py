@@ -273,7 +273,10 @@ def print_help(name: str, command: Command) -> None:
             table.add_row(key, escape(default), escape(field.description or ""))
         table.add_row()
     words = " ".join(word.upper() for word in command.arguments) or "[CONFIG.yaml]"
-    options = "".join(f" [{option} {key.upper()}]" for option, key in command.options.items())
+    flags = {key for key, field in config_keys(cls) if field.annotation is bool}
+    options = "".join(
+        f" [{option}]" if key in flags else f" [{option} {key.upper()}]" for option, key in command.options.items()
+    )
     print(f"usage: ospnext {name} {words}{options} [key=value ...]\n\n{command.summary}\n")
     with console.capture() as capture:
         console.print(table)
