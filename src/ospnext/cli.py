@@ -100,6 +100,29 @@ COMMANDS: dict[str, Command] = {
         reports=True,
         rest="overrides",
     ),
+    "data build": Command(
+        "choose the clips to train on from videos and captions",
+        "ospnext.data.build:BuildConfig",
+        "ospnext.data.build:run",
+        examples=(
+            "data build configs/data/filter.yaml save_path=data/clips",
+            "data build data_path=my_videos save_path=data/clips sample_num_frames=33",
+        ),
+    ),
+    "data import": Command(
+        "turn a store of OSP-Next's filter into one of ours",
+        "ospnext.data.importing:ImportConfig",
+        "ospnext.data.importing:run",
+        arguments=("src", "save_path"),
+        examples=("data import old/dataset data/clips",),
+    ),
+    "data check": Command(
+        "decode a sample of a store and draw it with its captions",
+        "ospnext.data.check:CheckConfig",
+        "ospnext.data.check:run",
+        arguments=("store",),
+        examples=("data check data/clips num_clips=32",),
+    ),
 }
 
 OLD_VARIABLES = {"NPRC_PER_NODE": "--nproc-per-node", "PET_NNODES": "--nnodes"}
@@ -121,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "--version":
             print(f"ospnext {__version__}")
         else:
-            _run(name, words[1:])
+            count = 2 if " ".join(words[:2]) in COMMANDS else 1
+            _run(" ".join(words[:count]), words[count:])
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -30,7 +30,7 @@ class StoreError(ValueError):
 
 
 class ClipStore:
-    """The clips of a store, by number. Read-only; safe to pickle, fork and spawn, for each process opens the file itself.
+    """The clips of a store, by number. Read-only; safe to pickle, fork and spawn: each process opens the file.
 
     Args:
         path: the folder of the store, or a folder that holds exactly one.
