@@ -11,6 +11,7 @@ All tables have the same columns: the video, its caption or captions, and option
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
     value = _plain(values.get(key))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{key} is {_shown(value)}: it should be a number")
     return float(value)
 
@@ -259,7 +260,7 @@ def _whole(values: Mapping[str, Any], key: str) -> int | None:
 
 
 def _integer(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or int(value) != value:
         raise ValueError(f"{what} is {_shown(value)}: it should be a whole number")
     return int(value)
 

@@ -9,8 +9,8 @@ filters opens nothing again. The store is replaced in one step when all is done.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
@@ -18,10 +18,12 @@ from pydantic import Field, model_validator
 
 from ospnext.config import ConfigError
 from ospnext.data.annotations import Annotation, BadEntry, Columns, read_data, read_index
-from ospnext.data.clips import clips
-from ospnext.data.filters import FilterConfig, first_failure
-from ospnext.data.journal import FileKey, Journal, file_key
+from ospnext.data.clips import Found, clips
+from ospnext.data.filters import FilterConfig, first_failure, motion
+from ospnext.data.journal import Journal, file_key
+from ospnext.data.motion import MotionTask, measure, require_opencv
 from ospnext.data.probe import FileFacts, ProbeError, probe
+from ospnext.data.records import ClipRecord
 from ospnext.data.report import LeftOut, Report, print_report, replacing, write_report
 from ospnext.data.store import write_store
 from ospnext.data.workers import Failure, Outcome, default_workers, run_tasks
@@ -65,29 +67,39 @@ def run(config: BuildConfig) -> str:
         ConfigError: the descriptions cannot be read, or no clip is left (the old store stays as it is).
         OSError: ``save_path`` cannot be written.
     """
-    folder = Path(config.save_path).absolute()
+    if config.measure_motion:
+        require_opencv()
+    folder, report = Path(config.save_path).absolute(), Report()
     entries = list(_entries(config))
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / "probes.jsonl") as journal:
         facts = _probe_all(sorted({e.path for e in entries if isinstance(e, Annotation)}), config, journal)
-    report, kept = Report(), []
-    with replacing(folder / "left_out.jsonl") as left_out:
-        for result in clips(entries, facts, report):
-            if not isinstance(result, LeftOut):
-                source, clip = result
-                if (failure := first_failure(clip, config)) is None:
-                    report.keep(clip)
-                    kept.append(clip)
-                    continue
-                result = LeftOut(clip.path, source, *failure)
-            report.leave_out(result)
-            left_out.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+        found = list(clips(entries, facts, report))
+        if config.measure_motion:
+            found = _with_motion(found, config, journal)
+    kept = list(_choose(found, config, report, folder / "left_out.jsonl"))
     fingerprint = write_store(folder, kept, config.save_absolute_path) if kept else None
     write_report(report, folder, fingerprint, config.model_dump(mode="json"))
     print_report(report)
     if not kept:
         raise ConfigError(f"no clip of {report.total} is left, nothing was written: see {folder / 'report.json'}")
     return f"wrote {folder}: {report.kept} of {report.total} clips, {report.seconds / 3600:.2f} hours; see report.json"
+
+
+def _choose(found: Iterable[Found], config: FilterConfig, report: Report, left_out: Path) -> Iterator[ClipRecord]:
+    """The clips that pass every filter; the others go to the file ``left_out``, all to the report."""
+    with replacing(left_out) as file:
+        for item in found:
+            if not isinstance(item, LeftOut):
+                source, clip = item
+                failure = first_failure(clip, config)
+                if failure is None:
+                    report.keep(clip)
+                    yield clip
+                    continue
+                item = LeftOut(clip.path, source, *failure)
+            report.leave_out(item)
+            file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
 
 
 def _entries(config: BuildConfig) -> Iterator[Annotation | BadEntry]:
@@ -114,18 +126,51 @@ def probe_task(task: ProbeTask) -> FileFacts | Failure:
 
 def _probe_all(paths: list[str], config: BuildConfig, journal: Journal) -> dict[str, FileFacts | Failure]:
     """What each file holds, from the journal where it still holds true, else read now."""
-    facts: dict[str, FileFacts | Failure] = {}
-    keys: dict[str, FileKey] = {}
-    for path in paths:
-        keys[path] = file_key(path, config.decode_all)
-        if (known := journal.get(keys[path])) is not None:
-            facts[path] = known
+    keys = {path: file_key(path, "decode_all" if config.decode_all else "ends") for path in paths}
+    facts = {path: known for path in paths if not isinstance(known := journal.get(keys[path]), float | None)}
     tasks = [ProbeTask(path, config.decode_all) for path in paths if path not in facts]
     outcomes = run_tasks(probe_task, tasks, config.workers or default_workers(), config.timeout)
     for task, result in progress(outcomes, "reading files", len(tasks)):
         facts[task.path] = result
         journal.put(keys[task.path], result)
     return facts
+
+
+def _with_motion(found: list[Found], config: BuildConfig, journal: Journal) -> list[Found]:
+    """``found`` with the motion of each clip that has none and that no other rule drops."""
+    tasks: dict[int, MotionTask] = {}
+    for i, item in enumerate(found):
+        if (
+            not isinstance(item, LeftOut)
+            and item[1].motion is None
+            and first_failure(item[1], config, skip=motion) is None
+        ):
+            tasks[i] = MotionTask(item[1], config.interval(item[1].fps))
+    keys = {
+        task: file_key(task.clip.path, f"motion {task.clip.start} {task.clip.num_frames} {task.interval:.6g}")
+        for task in tasks.values()
+    }
+    values = {task: known for task, key in keys.items() if isinstance(known := journal.get(key), float | Failure)}
+    outcomes = run_tasks(
+        measure,
+        todo := [task for task in keys if task not in values],
+        config.workers or default_workers(),
+        config.timeout,
+    )
+    for task, value in progress(outcomes, "measuring motion", len(todo)):
+        values[task] = value
+        journal.put(keys[task], value)
+    return [
+        _moved(item, values[tasks[i]]) if i in tasks and not isinstance(item, LeftOut) else item
+        for i, item in enumerate(found)
+    ]
+
+
+def _moved(item: tuple[str, ClipRecord], value: float | Failure) -> Found:
+    source, clip = item
+    if isinstance(value, Failure):
+        return LeftOut(clip.path, source, value.reason, value.detail)
+    return source, replace(clip, motion=value)
 
 
 def progress(outcomes: Iterator[Outcome[T, R]], what: str, total: int) -> Iterator[Outcome[T, R]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pydantic import Field
 
 from ospnext.config import Config
@@ -91,8 +91,7 @@ def _thumbnail(frame: np.ndarray, rotation: int, clip: ClipRecord) -> np.ndarray
     picture = picture.resize((clip.width, clip.height))
     if clip.crop:
         picture = picture.crop((clip.crop.x0, clip.crop.y0, clip.crop.x1, clip.crop.y1))
-    picture.thumbnail(TILE)
-    return np.asarray(picture)
+    return np.asarray(ImageOps.contain(picture, TILE))
 
 
 def _row(clip: ClipRecord, found: Thumbnails | Failure) -> np.ndarray:

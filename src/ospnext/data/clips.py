@@ -8,10 +8,13 @@ from ospnext.data.records import FRAME_RATE_TOLERANCE, ClipRecord
 from ospnext.data.report import LeftOut, Report
 from ospnext.data.workers import Failure
 
+Found = tuple[str, ClipRecord] | LeftOut
+"""A clip with where it was described, or why there is none."""
+
 
 def clips(
     entries: Iterable[Annotation | BadEntry], facts: Mapping[str, FileFacts | Failure], report: Report
-) -> Iterator[tuple[str, ClipRecord] | LeftOut]:
+) -> Iterator[Found]:
     """Each described clip with where it was described, cut to what its file holds; filters come after.
 
     Args:

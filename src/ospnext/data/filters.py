@@ -95,11 +95,10 @@ RULES: tuple[Rule, ...] = (caption, aspect, area, too_long, too_slow, motion, to
 """In the order of OSP-Next's filter. Each returns None, or what is wrong with the clip."""
 
 
-def first_failure(clip: ClipRecord, config: FilterConfig) -> tuple[str, str] | None:
-    """Name of the first rule that drops ``clip`` and why; None if it is kept."""
+def first_failure(clip: ClipRecord, config: FilterConfig, skip: Rule | None = None) -> tuple[str, str] | None:
+    """Name of the first rule but ``skip`` that drops ``clip`` and why; None if it is kept."""
     for rule in RULES:
-        detail = rule(clip, config)
-        if detail is not None:
+        if rule is not skip and (detail := rule(clip, config)) is not None:
             return rule.__name__, detail
     return None
 

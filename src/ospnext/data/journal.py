@@ -13,25 +13,28 @@ from typing import IO, NamedTuple, Self
 from ospnext.data.probe import FileFacts
 from ospnext.data.workers import Failure
 
+Found = FileFacts | Failure | float
+"""What a file holds, why it cannot be used, or the motion of one of its clips."""
+
 _PASSING = ("timeout", "crash", "missing")
 
 
 class FileKey(NamedTuple):
-    """A file in one state, and how thoroughly it is read; size and time are -1 where there is no file."""
+    """A file in one state, and what was asked of it; size and time are -1 where there is no file."""
 
     path: str
     size: int
     modified_ns: int
-    decode_all: bool
+    question: str
 
 
-def file_key(path: str, decode_all: bool) -> FileKey:
-    """The key of the file as it is now."""
+def file_key(path: str, question: str) -> FileKey:
+    """The key of a question to the file as it is now."""
     try:
         status = os.stat(path)
     except OSError:
-        return FileKey(path, -1, -1, decode_all)
-    return FileKey(path, status.st_size, status.st_mtime_ns, decode_all)
+        return FileKey(path, -1, -1, question)
+    return FileKey(path, status.st_size, status.st_mtime_ns, question)
 
 
 class Journal:
@@ -43,7 +46,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[FileKey, FileFacts | Failure] = {}
+        self._known: dict[FileKey, Found] = {}
         self._file: IO[str]
 
     def __enter__(self) -> Self:
@@ -58,26 +61,32 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def get(self, key: FileKey) -> FileFacts | Failure | None:
+    def get(self, key: FileKey) -> Found | None:
         """What was found; None if the file was not read in this state."""
         return self._known.get(key)
 
-    def put(self, key: FileKey, found: FileFacts | Failure) -> None:
+    def put(self, key: FileKey, found: Found) -> None:
         """Keep what was found, on disk at once."""
         self._known[key] = found
         if isinstance(found, Failure):
             if found.reason in _PASSING:
                 return
             entry: dict[str, object] = {"key": key, "fault": found}
-        else:
+        elif isinstance(found, FileFacts):
             entry = {"key": key, "facts": asdict(found)}
+        else:
+            entry = {"key": key, "motion": found}
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def _read(self, line: str) -> None:
         try:
             entry = json.loads(line)
-            found = FileFacts(**entry["facts"]) if "facts" in entry else Failure(*entry["fault"])
+            found: Found
+            if "facts" in entry:
+                found = FileFacts(**entry["facts"])
+            else:
+                found = Failure(*entry["fault"]) if "fault" in entry else float(entry["motion"])
             self._known[FileKey(*entry["key"])] = found
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return  # cut short, or of another version: the file is read again
