@@ -1,4 +1,4 @@
-"""The loader on real files: right pictures, exact resumption whatever the workers and ranks, damage that costs nothing."""
+"""The loader on real files: right pictures, exact resumption whatever the workers and ranks, small cost of damage."""
 
 import logging
 import os
