@@ -116,6 +116,12 @@ COMMANDS: dict[str, Command] = {
         arguments=("src", "save_path"),
         examples=("data import old/dataset data/clips",),
     ),
+    "data encode": Command(
+        "make VAE latents and text embeddings of a store once, for training",
+        "ospnext.prepare.encode:EncodeConfig",
+        "ospnext.prepare.encode:run",
+        examples=("data encode metafile_or_dir_path=data/clips save_path=data/latents model=shapes",),
+    ),
     "data check": Command(
         "decode a sample of a store and draw it with its captions",
         "ospnext.data.check:CheckConfig",

@@ -109,7 +109,7 @@ class ClipDataset(Dataset):
             index = draw.clip
             if attempt:
                 index = int(np.random.default_rng([seed, *draw[:2], attempt]).choice(group))
-            found = self._slow.get(index) or self._read(Draw(draw.epoch, index, draw.group))
+            found = self._slow.get(index) or self.read(Draw(draw.epoch, index, draw.group))
             if isinstance(found, Sample):
                 return found._replace(bad=tuple(bad))
             if found.reason == "timeout":
@@ -121,7 +121,8 @@ class ClipDataset(Dataset):
             "`ospnext data check` looks at a sample of them, `ospnext data build` leaves out those that are damaged"
         )
 
-    def _read(self, draw: Draw) -> Sample | BadClip:
+    def read(self, draw: Draw) -> Sample | BadClip:
+        """The sample of a draw, or why its clip cannot be read."""
         clip, rng = self.store[draw.clip], np.random.default_rng([self.settings.seed, *draw[:2]])
         which = choose(clip.captions, rng, self.settings.text_drop_ratio)
         caption = "" if which is None else clean(clip.captions[which], self.settings.keep_chinese)
