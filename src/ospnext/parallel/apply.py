@@ -1,10 +1,89 @@
-"""Put the seams of many processes on a finished model, from outside."""
+"""Put what many processes need on a finished model, from outside and in the one order that works.
 
-from typing import Any
+    mesh = build_mesh(sizes, "cuda")
+    weights = copies_mesh(copies, "cuda")
+    report = parallelise(model, mesh, weights, Options(checkpointing=True))
 
-from ospnext.parallel.mesh import Mesh, check_segments
+Sizes are held to each other by ``fit``, before there is a process group or a model.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ospnext.parallel.fsdp import Copies, Sharding, fit_copies, offload_notice, shard_transformer
+from ospnext.parallel.mesh import Mesh, Sizes, check_segments, fit_sizes
 from ospnext.parallel.ownership import segment_count
 from ospnext.parallel.sequence import ShardedAttend, ShardedSwitch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``parallelise`` can be told besides the sizes.
+
+    Attributes:
+        sharding: of the weights.
+        checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
+        compile_backend: compile every block with it (``inductor``, ``aot_eager``); None runs them as written.
+    """
+
+    sharding: Sharding = field(default_factory=Sharding)
+    checkpointing: bool = False
+    compile_backend: str | None = None
+
+
+class Fit(NamedTuple):
+    """Sizes that go together."""
+
+    sizes: Sizes
+    copies: Copies
+
+
+def fit(world: int, segments: int, ssp: int = 1, ulysses: int = 1, fsdp: int = 1, ddp: int | None = None) -> Fit:
+    """All sizes of a run, checked against each other; needs no process group and no model.
+
+    Args:
+        world: processes in all.
+        segments: attention segments of the model's sparse blocks, see ``ownership.segment_count``.
+        ssp, ulysses: as in ``fit_sizes``.
+        fsdp, ddp: as in ``fit_copies``.
+
+    Raises:
+        ValueError: they do not go together; the message names all that do.
+    """
+    return Fit(fit_sizes(world, ssp, ulysses, segments), fit_copies(world, fsdp, ddp))
+
+
+def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
+    """Make one of many processes' models out of a model, in place.
+
+    The model takes and gives what it did before, the same on all processes of a sequence; after a backward pass the
+    gradient of every parameter is that of one device for all ``dp`` videos' mean loss. Every process must then run
+    every forward and backward pass.
+
+    Args:
+        model: a transformer on its device or on meta, to be filled afterwards.
+        mesh: who shares a video, of ``build_mesh``.
+        weights: who shares the weights, of ``copies_mesh``.
+        options: the rest.
+
+    Returns:
+        What was done, a line each, to be printed.
+
+    Raises:
+        ValueError: the meshes do not fit each other or the model.
+    """
+    if mesh.sizes.world != weights.size():
+        raise ValueError(f"{mesh.sizes.world} processes share the videos, but {weights.size()} the weights: use all")
+    apply_sequence_parallel(model, mesh)
+    if options.checkpointing:
+        model.enable_gradient_checkpointing()
+    if options.compile_backend is not None:
+        compile_blocks(model, options.compile_backend)
+    shard_transformer(model, weights, options.sharding, mesh.sizes.dp)
+    return _report(mesh, weights, options)
 
 
 def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
@@ -28,3 +107,25 @@ def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
     model.switch = ShardedSwitch(mesh.sharing)
     for block in model.blocks:
         block.self_attn.attend = ShardedAttend(block.self_attn.attend)
+
+
+def compile_blocks(model: Any, backend: str) -> None:
+    """Compile every block as one graph, in place.
+
+    What is compiled is the block's ``forward``, not its call: the hooks by which FSDP2 gathers weights stay outside.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+
+
+def _report(mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
+    sizes, sharding = mesh.sizes, options.sharding
+    shards = weights["fsdp"].size()
+    lines = [
+        f"videos: {sizes.dp} at a time, each on ssp {sizes.ssp} x ulysses {sizes.ulysses} processes",
+        f"weights: {weights.size() // shards} copies in {shards} shards",
+        f"blocks: {'checkpointed' if options.checkpointing else 'not checkpointed'}, "
+        f"{'not compiled' if options.compile_backend is None else f'compiled by {options.compile_backend}'}",
+    ]
+    notice = offload_notice(sharding, weights.device_type)
+    return lines if notice is None else [*lines, notice]

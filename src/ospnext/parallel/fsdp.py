@@ -1,0 +1,198 @@
+"""Sharded weights: torch's FSDP2 over all processes of a run, whatever else they share.
+
+``fsdp`` neighbouring ranks hold one copy of the weights, ``ddp`` copies follow each other (HSDP where both are more
+than 1). Which ranks share a *video* is independent of it (``mesh.py``): gradients are summed over all processes and
+divided by the number of sequences, ``dp``. That is the sum over the ranks of a sequence and the mean over data, and so
+exactly the gradient of one device whose batch is that of all ``dp`` together. Losses are never scaled.
+
+Mixed precision: the parameters a process keeps, their gradients and the reduction are in the dtype of the model's
+weights (float32 to train), gathered weights in ``param_dtype``. Inputs are never cast: timesteps, rotary positions and
+modulation reach the blocks in float32, and the model's norms and modulation compute in it, as on one device whose
+weights are in ``param_dtype``. The weights of norms and the modulation are rounded to ``param_dtype`` on the way: a
+unit is gathered in one dtype.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class Copies(NamedTuple):
+    """How a run's processes share the weights: ``ddp`` copies, each of them in ``fsdp`` shards."""
+
+    ddp: int
+    fsdp: int
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.ddp * self.fsdp
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What FSDP2 can be told.
+
+    Attributes:
+        reshard_after_forward: free gathered weights after the forward pass and gather them again for the backward one.
+            If false they stay until a backward pass has used them: after sampling, call ``forget_gathered`` before
+            weights are changed. None is true, for the root's own weights (embeddings and head) too: FSDP2 alone would
+            keep these, and go on with the old ones when an average is swapped in between two samplings.
+        explicit_prefetching_num_blocks: how many blocks ahead weights are gathered; 0 leaves it to FSDP2, which
+            overlaps with one block.
+        model_cpu_offload: keep shards, gradients and the optimiser's state in host memory. No effect on a CPU.
+        param_dtype: of the weights that compute; None for that of the model's.
+    """
+
+    reshard_after_forward: bool | None = None
+    explicit_prefetching_num_blocks: int = 0
+    model_cpu_offload: bool = False
+    param_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        ahead = self.explicit_prefetching_num_blocks
+        if ahead < 0:
+            raise ValueError(f"explicit_prefetching_num_blocks is {ahead}: use 0 (FSDP2's own order) or more")
+
+
+def fit_copies(world: int, fsdp: int, ddp: int | None = None) -> Copies:
+    """Copies and shards of a number of processes.
+
+    Args:
+        world: processes in all.
+        fsdp: processes that share one copy.
+        ddp: copies; None for as many as that makes.
+
+    Raises:
+        ValueError: the numbers do not go together; the message names all that do.
+    """
+    if world < 1:
+        raise ValueError(f"world size is {world}: it must be at least 1")
+    copies = Copies(world // fsdp if ddp is None and fsdp > 0 else ddp or 0, fsdp)
+    if min(copies) < 1 or copies.world != world:
+        fits = ", ".join(f"{n} x {world // n}" for n in range(1, world + 1) if world % n == 0)
+        given = f"fsdp_size {fsdp}" + ("" if ddp is None else f" x ddp_size {ddp}")
+        raise ValueError(f"{given} does not fit {world} processes. What fits, as fsdp_size x ddp_size: {fits}")
+    return copies
+
+
+def copies_mesh(copies: Copies, device_type: str) -> DeviceMesh:
+    """The processes of this run by the weights they share; every one of them calls it, once for all models."""
+    if copies.ddp == 1:
+        return init_device_mesh(device_type, (copies.fsdp,), mesh_dim_names=("fsdp",))
+    return init_device_mesh(device_type, copies, mesh_dim_names=Copies._fields)
+
+
+def shard_transformer(model: Any, mesh: DeviceMesh, sharding: Sharding, sequences: int) -> None:
+    """Shard a transformer in place: each of its ``blocks`` is a unit, the rest another.
+
+    Args:
+        model: on the mesh's device, or on meta to be filled afterwards (``checkpoints.fill``).
+        mesh: of ``copies_mesh``.
+        sharding: the options.
+        sequences: of the whole run, ``dp``: gradients are summed over all processes and divided by it.
+
+    Raises:
+        ValueError: parameters of one unit differ in dtype.
+    """
+    _shard(model, list(model.blocks), mesh, sharding, sequences)
+
+
+def shard_text_encoder(encoder: Any, mesh: DeviceMesh, sharding: Sharding) -> None:
+    """Shard transformers' UMT5 encoder in place, as ``shard_transformer``; afterwards all processes encode together."""
+    _shard(encoder, list(encoder.encoder.block), mesh, sharding, mesh.size())
+
+
+def offload_notice(sharding: Sharding, device_type: str) -> str | None:
+    """What there is to say of ``model_cpu_offload`` on this kind of device."""
+    if sharding.model_cpu_offload and device_type == "cpu":
+        return "model_cpu_offload has no effect: the model runs on the CPU already"
+    return None
+
+
+def storage_device(sharding: Sharding, device: torch.device) -> torch.device:
+    """Where the shards of a model that computes on ``device`` are kept, to fill them from files."""
+    return torch.device("cpu") if sharding.model_cpu_offload else device
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a total norm of ``max_norm``, that of one device; returns the norm they had.
+
+    Args:
+        parameters: plain or sharded; where they are sharded, all processes must call it.
+        max_norm: of all gradients together.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Free all gathered weights, so that the next forward pass sees what was written to the shards since."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def _shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding, sequences: int) -> None:
+    assert not isinstance(model, FSDPModule), "the model is sharded already"
+    _check_dtypes(model, blocks)
+    offload = sharding.model_cpu_offload and mesh.device_type != "cpu"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": sharding.reshard_after_forward is not False,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=sharding.param_dtype,
+            reduce_dtype=next(model.parameters()).dtype,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for unit in (*blocks, model):
+        _divide_gradients(fully_shard(unit, **options), mesh, sequences)
+    _prefetch(model, blocks, sharding.explicit_prefetching_num_blocks)
+
+
+def _divide_gradients(unit: FSDPModule, mesh: DeviceMesh, sequences: int) -> None:
+    """Make a unit's gradient the sum over all processes divided by ``sequences``."""
+    # A sum, then a division: gloo and Ascend's collectives know no other reduction.
+    unit.set_force_sum_reduction_for_comms(True)
+    if mesh.ndim == 1 or mesh["fsdp"].size() > 1:
+        unit.set_gradient_divide_factor(sequences)
+    else:
+        # Copies without shards: torch (2.13) applies the divide factor twice there, on copying and after the sum.
+        unit.set_gradient_divide_factor(1)
+        unit.set_all_reduce_hook(partial(_divide, by=sequences))
+
+
+def _divide(gradient: torch.Tensor, by: int) -> None:
+    gradient.div_(by)
+
+
+def _check_dtypes(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    for parameters in (*(list(block.parameters()) for block in blocks), rest):
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{type(model).__name__} holds {' and '.join(dtypes)} in one block: it cannot be sharded. Load it in "
+                "bfloat16 or float32"
+            )
+
+
+def _prefetch(model: Any, blocks: Sequence[Any], ahead: int) -> None:
+    """Gather ``ahead`` blocks before they are needed, in both directions; 0 leaves FSDP2's own order."""
+    if ahead == 0:
+        return
+    order = [model, *blocks]  # the root's own parameters are gathered first
+    for i, unit in enumerate(order[:-1]):
+        unit.set_modules_to_forward_prefetch(order[i + 1 : i + 1 + ahead])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_backward_prefetch(list(reversed(blocks[max(0, i - ahead) : i])))

@@ -1,0 +1,127 @@
+"""What the tests of training run in every process: steps of AdamW on a sharded model, and the same on one device."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sequence_cases import Setting, compare, float64_throughout, mesh_of
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ospnext.flow.path import TIMESTEPS, interpolate
+from ospnext.parallel.apply import Options, parallelise
+from ospnext.parallel.fsdp import Copies, clip_gradients, copies_mesh
+from ospnext.parallel.mesh import Sizes
+
+STEPS = 5
+MAX_NORM = 1.0  # less than the gradients of the first steps have, so that clipping acts
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Run(NamedTuple):
+    """What is trained on: the same on one device and on many."""
+
+    setting: Setting
+    videos: int  # in all, a step
+    dtype: torch.dtype = torch.float64
+    micro_steps: int = 1  # gradients of so many parts of the batch are added up before a step
+
+    @property
+    def exact(self) -> AbstractContextManager:
+        """In float64 rounding hides no error."""
+        return float64_throughout() if self.dtype == torch.float64 else nullcontext()
+
+
+class Case(NamedTuple):
+    """A run on a mesh."""
+
+    run: Run
+    sizes: Sizes
+    copies: Copies
+    options: Options
+
+
+def batches(run: Run, data_rank: int = 0, data_ranks: int = 1) -> Iterator[Batch]:
+    """Noisy latents, timesteps, text and velocities of every step: this data rank's share of its videos."""
+    t, h, w = run.setting.tokens
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(run.videos, *shape, generator=generator, dtype=torch.float64)
+
+    for _ in range(STEPS):
+        sigma = torch.rand(run.videos, generator=generator, dtype=torch.float64)
+        x_t, velocity = interpolate(randn(3, t, 2 * h, 2 * w), randn(3, t, 2 * h, 2 * w), sigma)
+        whole = (x_t, TIMESTEPS * sigma, randn(7, 5), velocity)
+        x_t, timestep, text, velocity = (x.to(run.dtype).chunk(data_ranks)[data_rank] for x in whole)
+        yield x_t, timestep, text, velocity
+
+
+def train(model: Any, run: Run, data_rank: int = 0, data_ranks: int = 1) -> dict[str, torch.Tensor]:
+    """Train for some steps; this process's losses, the gradient norms and all parameters at the end."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
+    losses, norms = [], []
+    for batch in batches(run, data_rank, data_ranks):
+        total = torch.zeros((), dtype=run.dtype)
+        parts = list(zip(*(x.chunk(run.micro_steps) for x in batch), strict=True))
+        for i, (x_t, timestep, text, velocity) in enumerate(parts):
+            if run.micro_steps > 1 and hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(i + 1 == len(parts))
+            loss = F.mse_loss(model(x_t, timestep, text).sample, velocity) / run.micro_steps
+            loss.backward()
+            total += loss.detach()
+        losses.append(total)
+        norms.append(clip_gradients(model.parameters(), MAX_NORM).detach())
+        optimiser.step()
+        optimiser.zero_grad()
+    return {"losses": torch.stack(losses), "norms": torch.stack(norms)} | whole_state(model)
+
+
+def whole_state(model: Any) -> dict[str, torch.Tensor]:
+    """Every parameter, put together from its shards."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def reference(run: Run) -> dict[str, torch.Tensor]:
+    """What one device makes of it, in one go."""
+    with run.exact:
+        return train(run.setting.model().to(run.dtype), run._replace(micro_steps=1))
+
+
+@cache
+def weights_of(copies: Copies) -> DeviceMesh:
+    """One mesh of each shape in a process."""
+    return copies_mesh(copies, "cpu")
+
+
+def trained(case: Case) -> dict[str, torch.Tensor]:
+    """What many processes make of it."""
+    mesh = mesh_of(case.sizes)
+    model = case.run.setting.model().to(case.run.dtype)
+    parallelise(model, mesh, weights_of(case.copies), case.options)
+    results = train(model, case.run, mesh.devices["dp"].get_local_rank(), case.sizes.dp)
+    dist.all_reduce(results["losses"])
+    results["losses"] /= dist.get_world_size()  # the mean over data; equal among the processes of a sequence
+    return results
+
+
+def check_cases(rank: int, cases: list[Case], references: Path, tolerance: float = 1e-9) -> None:
+    """Hold losses, norms and parameters of every case to those of one device."""
+    expected = torch.load(references, weights_only=True)
+    for case in cases:
+        with case.run.exact:
+            compare(trained(case), expected[name_of(case.run)], str(case), tolerance)
+
+
+def name_of(run: Run) -> str:
+    """The name of a run's reference: how its batch is cut makes no difference."""
+    return str(run._replace(micro_steps=1))
