@@ -1,4 +1,7 @@
-"""Fill a model that was built without memory (on meta) from weight files: strictly, tensor by tensor."""
+"""Fill a model that was built without memory (on meta) from weight files: strictly, tensor by tensor.
+
+A model that is sharded already takes from the files only what this process holds of it.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +20,7 @@ from torch import nn
 from ospnext.checkpoints.formats import NameMap
 from ospnext.checkpoints.memory import require_memory
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names
+from ospnext.parallel.fsdp import shard_of
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is loaded, bytes done and bytes in all."""
@@ -72,6 +76,44 @@ def fill(
     tied = getattr(model, "_tied_weights_keys", None) or {}
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta and name not in tied]
     assert not left, f"{label}: no weights for {list_names(left)}, which no state dict holds"
+
+
+def fill_shards(
+    model: nn.Module,
+    weights: Weights,
+    name_of: NameMap,
+    device: torch.device,
+    progress: ProgressCallback | None = None,
+    ignore: Collection[str] = (),
+) -> None:
+    """Give a sharded model its numbers; this process reads its own rows of every tensor and nothing else.
+
+    Args:
+        model: on meta, in the dtypes it shall have, sharded (``parallel.fsdp``).
+        weights, name_of, progress, ignore: as in ``fill``; bytes are those of this process.
+        device: where the shards are kept.
+
+    Raises:
+        CheckpointError, OutOfMemoryError: as in ``fill``, the first on all processes.
+    """
+    targets = match_names(model, weights, name_of, ignore)
+    state = model.state_dict()
+    buffers = [name for name, _ in model.named_buffers() if name not in state]
+    assert not buffers, f"{list_names(buffers)}: no state dict holds them"
+    label, done = type(model).__name__.removeprefix("FSDP"), 0
+    total = sum(shard_of(state[target]).values.nbytes for target in targets.values())
+    require_memory(total, device, f"{label} from {weights.source}")
+    model.to_empty(device=device)
+    state = model.state_dict()
+    for file in weights.files:
+        with file.opened() as read:
+            for name in (name for name in file.tensors if name in targets):
+                rows, values = shard_of(state[targets[name]])
+                if values.numel():
+                    values.copy_(read(name, rows))
+                done += values.nbytes
+                if progress is not None:
+                    progress(label, done, total)
 
 
 def match_names(model: nn.Module, weights: Weights, name_of: NameMap, ignore: Collection[str] = ()) -> dict[str, str]:

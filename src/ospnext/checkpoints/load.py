@@ -6,6 +6,12 @@
 
 A model is built without memory, every name and shape in the files is compared with it, and only then are tensors read,
 one file at a time, each cast and moved on its own. The models come back in eval mode.
+
+Where many processes share the weights, ``shard`` says how: it is called with the model before anything is read, and
+every process then reads only its own part.
+
+    model = load_transformer(folder, dtype=torch.float32, device=device,
+                             shard=lambda model: parallelise(model, mesh, weights, options))
 """
 
 import inspect
@@ -18,7 +24,7 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from ospnext.checkpoints.encoders import t5_native_name, t5_settings, vae_settings
-from ospnext.checkpoints.fill import ProgressCallback, fill
+from ospnext.checkpoints.fill import ProgressCallback, fill, fill_shards
 from ospnext.checkpoints.formats import (
     DEFAULTS,
     KNOWN_HEADS,
@@ -37,6 +43,10 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 
 
+Shard = Callable[[Any], object]
+"""Shards a model on meta in place, such as ``parallel.apply.parallelise`` with all its arguments but the model."""
+
+
 class TransformerFiles(NamedTuple):
     """A transformer checkpoint, opened but not read: complete settings, the weights, and how they are called there."""
 
@@ -51,6 +61,7 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
+    shard: Shard | None = None,
     **overrides: Any,
 ) -> OSPNextTransformer3DModel:
     """The transformer from a release folder of OSP-Next, Wan2.1's or diffusers' folder, our own, or a flat file.
@@ -61,6 +72,7 @@ def load_transformer(
         dtype: of the weights in memory; None keeps the file's.
         device: where they go; ``meta`` checks settings, names and shapes, and reads no tensor.
         progress: called while loading with a label, bytes done and bytes in all.
+        shard: how processes share the weights; ``device`` is then where they are kept (``fsdp.storage_device``).
         **overrides: constructor arguments. For a file they say what its shapes do not (``num_heads``, the sparse
             settings); for a folder they may only add what its config.json leaves open, such as sparse settings for
             Wan2.1's weights. Weights for which nobody names sparse settings run dense.
@@ -72,7 +84,12 @@ def load_transformer(
     settings, weights, name_of = open_transformer(path, **overrides)
     with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
-    fill(model, weights, name_of, dtype, torch.device(device), progress)
+    if shard is None:
+        fill(model, weights, name_of, dtype, torch.device(device), progress)
+    else:
+        fill(model, weights, name_of, dtype, torch.device("meta"))
+        shard(model)
+        fill_shards(model, weights, name_of, torch.device(device), progress)
     return model.eval()
 
 
@@ -171,6 +188,7 @@ def load_text_encoder(
     dtype: torch.dtype | None = torch.bfloat16,
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
+    shard: Shard | None = None,
 ) -> UMT5EncoderModel:
     """The UMT5 text encoder from ``models_t5_umt5-xxl-enc-bf16.pth`` or a transformers folder.
 
@@ -179,7 +197,7 @@ def load_text_encoder(
         dtype: of the weights; None keeps the file's. In float16 the feed-forward's last layer stays float32, as in
             transformers: UMT5's activations overflow there.
         device: where the weights go.
-        progress: as in ``load_transformer``.
+        progress, shard: as in ``load_transformer``.
 
     Raises:
         CheckpointError, OutOfMemoryError: as in ``load_transformer``.
@@ -198,8 +216,15 @@ def load_text_encoder(
         name_of, ignore = _embedding_names(weights)
     with sound_settings(place), torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config.from_dict(settings))
-    fill(encoder, weights, name_of, dtype, torch.device(device), progress, encoder._keep_in_fp32_modules or (), ignore)
-    encoder.tie_weights()
+    wide = encoder._keep_in_fp32_modules or ()
+    if shard is None:
+        fill(encoder, weights, name_of, dtype, torch.device(device), progress, wide, ignore)
+        encoder.tie_weights()
+    else:
+        fill(encoder, weights, name_of, dtype, torch.device("meta"), None, wide, ignore)
+        encoder.tie_weights()
+        shard(encoder)
+        fill_shards(encoder, weights, name_of, torch.device(device), progress, ignore)
     return encoder.eval()
 
 

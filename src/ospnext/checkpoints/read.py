@@ -9,12 +9,12 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError  # only the exception: torch's weights-only reader raises it
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -48,7 +48,10 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-Reader = Callable[[str], torch.Tensor]
+class Reader(Protocol):
+    """Reads a tensor by name, or only some of its rows (along the first axis)."""
+
+    def __call__(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
 
 
 class CheckpointError(ValueError):
@@ -109,12 +112,17 @@ class WeightFile:
         if self.path.suffix == ".safetensors":
             try:
                 with safe_open(self.path, framework="pt", device="cpu") as handle:
-                    yield lambda name: handle.get_tensor(self._prefix + name)
+
+                    def read(name: str, rows: slice | None = None) -> torch.Tensor:
+                        name = self._prefix + name
+                        return handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
+
+                    yield read
             except SafetensorError as error:
                 raise CheckpointError(f"{self.path}: {error}") from error
         else:
             data = _torch_tensors(self.path)
-            yield lambda name: data[self._prefix + name]
+            yield lambda name, rows=None: data[self._prefix + name][... if rows is None else rows]
 
 
 class Weights:
@@ -155,14 +163,14 @@ class Weights:
             current: WeightFile | None = None
             reader: Reader | None = None
 
-            def read(name: str) -> torch.Tensor:
+            def read(name: str, rows: slice | None = None) -> torch.Tensor:
                 nonlocal current, reader
                 if self.place[name] is not current or reader is None:
                     current = self.place[name]
                     reader = None
                     stack.close()
                     reader = stack.enter_context(current.opened())
-                return reader(name)
+                return reader(name, rows)
 
             yield read
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class Copies(NamedTuple):
@@ -120,6 +121,22 @@ def offload_notice(sharding: Sharding, device_type: str) -> str | None:
 def storage_device(sharding: Sharding, device: torch.device) -> torch.device:
     """Where the shards of a model that computes on ``device`` are kept, to fill them from files."""
     return torch.device("cpu") if sharding.model_cpu_offload else device
+
+
+class Shard(NamedTuple):
+    """What this process holds of a tensor."""
+
+    rows: slice | None  # along the first axis; None where it is the whole tensor
+    values: torch.Tensor
+
+
+@torch.no_grad()
+def shard_of(tensor: torch.Tensor) -> Shard:
+    """This process's part of a parameter or buffer, sharded or not; what is written to ``values`` is its value."""
+    if not isinstance(tensor, DTensor):
+        return Shard(None, tensor)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Shard(slice(offset[0], offset[0] + shape[0]), tensor.to_local())
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
