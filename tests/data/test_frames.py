@@ -71,6 +71,17 @@ def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
         list(decode(path, [100]))
 
 
+def test_decoding_starts_at_the_last_keyframe_that_serves(tmp_path: Path) -> None:
+    path = write(Clip("a.mp4", frames=96, options={"preset": "veryfast", "g": "12"}), tmp_path / "a.mp4")
+    with av.open(str(path)) as file:
+        entries = list(file.streams.video[0].index_entries)
+    whole, data = list(decode(path, [63, 70])), bytearray(path.read_bytes())
+    assert entries[60].is_keyframe
+    data[entries[1].pos : entries[60].pos] = bytes(entries[60].pos - entries[1].pos)
+    path.write_bytes(data)
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(decode(path, [63, 70]), whole, strict=True))
+
+
 def test_damaged_files_say_why(corpus: Corpus) -> None:
     reasons = {}
     for name, path in corpus.damaged.items():

@@ -170,12 +170,14 @@ def _read_run(
     """The packets from the last keyframe that serves, until all frames wanted are among them."""
     places = {entry.position: place for place, entry in enumerate(table)}
     keys = [place for place in range(1, wanted[0] + 1) if table[place].is_key and table[place].time is not None]
+    start = table[0].time or 0
+    delay = max(0, (stream.start_time or 0) - start)  # seeking goes by when a frame is shown, the table by its decoding
     if len(places) == len(table):
         for key in keys[: -_ATTEMPTS - 1 : -1]:
-            container.seek(table[key].time, stream=stream, backward=True)
+            container.seek((table[key].time or 0) + delay, stream=stream, backward=True)
             if (run := _collect(container, stream, wanted, places, clock)) is not None:
                 return run
-    container.seek(min(0, table[0].time or 0), stream=stream, backward=True)
+    container.seek(min(0, start), stream=stream, backward=True)
     run = _collect(container, stream, wanted, None, clock)
     if run is None:
         raise ProbeError("undecodable", "no packet can be read")
