@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from sequence_cases import Setting, mesh_of
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import weights_of, whole_state
 
 from ospnext.checkpoints.load import load_text_encoder, load_transformer
@@ -109,6 +110,34 @@ def check_bfloat16(rank: int, setting: Setting) -> None:
             assert (gradient - reference.grad).norm() < 0.01 * reference.grad.norm(), name
         else:
             assert torch.equal(gradient, reference.grad.float()), name
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers of this process as they are started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def count_gathers(rank: int, setting: Setting, sharding: Sharding) -> tuple[list[int], list[int]]:
+    """All-gathers started before every block computes in the forward pass, and before it is done in the backward."""
+    model = setting.model()
+    forward, backward = [], []
+    with Gathers() as gathers:
+        parallelise(model, mesh_of(Sizes(2, 1, 1)), weights_of(Copies(1, 2)), Options(sharding))
+        for block in model.blocks:  # the first thing that a block computes, and so the last in the backward pass
+            block.norm1.register_forward_pre_hook(lambda *_: forward.append(gathers.count))
+            block.norm1.register_full_backward_pre_hook(lambda *_: backward.append(gathers.count))
+        before = gathers.count
+        out = model(*setting.inputs()).sample
+        between = gathers.count
+        out.sum().backward()
+    return [count - before for count in forward], [count - between for count in backward]
 
 
 def report(rank: int, setting: Setting) -> list[str]:

@@ -26,7 +26,9 @@ class Processes:
     def __init__(self, world: int, rendezvous: Path) -> None:
         self.world = world
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["ospnext.models.transformer"])  # imported once, not once a process
+        context.set_forkserver_preload(
+            ["ospnext.checkpoints.load", "ospnext.parallel.apply"]
+        )  # imported once, not once a process
         self._pipes, self._members = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -93,6 +93,23 @@ def test_bfloat16_computes_as_on_one_device(processes: Group) -> None:
     processes(2).run(cases.check_bfloat16, ANY)
 
 
+@pytest.mark.parametrize(
+    ("sharding", "forward", "backward"),
+    [
+        # 8 blocks. Before each: the embeddings and head, the blocks before, itself and those ahead.
+        (Sharding(), [2, 3, 4, 5, 6, 7, 8, 9], [3, 4, 5, 6, 7, 8, 9, 9]),
+        (Sharding(explicit_prefetching_num_blocks=2), [4, 5, 6, 7, 8, 9, 9, 9], [4, 5, 6, 7, 8, 9, 9, 9]),
+        (Sharding(reshard_after_forward=False), [2, 3, 4, 5, 6, 7, 8, 9], [0] * 8),
+    ],
+    ids=["as FSDP2 does", "two blocks ahead", "kept"],
+)
+def test_weights_are_gathered_ahead(
+    sharding: Sharding, forward: list[int], backward: list[int], processes: Group
+) -> None:
+    setting = ANY._replace(dense_ends=True)
+    assert processes(2).run(cases.count_gathers, setting, sharding) == [(forward, backward)] * 2
+
+
 def test_the_report_says_what_has_no_effect(processes: Group) -> None:
     for lines in processes(2).run(cases.report, ANY):
         assert lines == [

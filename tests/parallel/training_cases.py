@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sequence_cases import Setting, compare, float64_throughout, mesh_of
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -120,6 +121,20 @@ def check_cases(rank: int, cases: list[Case], references: Path, tolerance: float
     for case in cases:
         with case.run.exact:
             compare(trained(case), expected[name_of(case.run)], str(case), tolerance)
+
+
+def error_of_bfloat16(rank: int, case: Case, references: Path) -> float:
+    """The largest relative error of a step's loss where gathered weights are bfloat16."""
+    exact = torch.load(references, weights_only=True)[name_of(case.run)]["losses"]
+    return float((trained(case)["losses"] / exact - 1).abs().max())
+
+
+def check_compiled(rank: int, case: Case, references: Path, tolerance: float) -> int:
+    """As ``check_cases``; the number of graphs that were compiled for it."""
+    torch._dynamo.reset()
+    counters.clear()
+    check_cases(rank, [case], references, tolerance)
+    return counters["stats"]["unique_graphs"]
 
 
 def name_of(run: Run) -> str:

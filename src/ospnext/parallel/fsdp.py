@@ -10,6 +10,9 @@ weights (float32 to train), gathered weights in ``param_dtype``. Inputs are neve
 modulation reach the blocks in float32, and the model's norms and modulation compute in it, as on one device whose
 weights are in ``param_dtype``. The weights of norms and the modulation are rounded to ``param_dtype`` on the way: a
 unit is gathered in one dtype.
+
+A model that also trains is to sample under ``torch.no_grad``: what FSDP2 sets aside under ``torch.inference_mode``
+serves no training, and torch says so.
 """
 
 from collections.abc import Iterable, Sequence
