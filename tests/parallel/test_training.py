@@ -34,6 +34,10 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_one_process(processes: Group, references: Path) -> None:
+    processes(1).run(cases.check_cases, [Case(PARTS, Sizes(1, 1, 1), Copies(1, 1), CHECKPOINTED)], references)
+
+
 def test_two_processes(processes: Group, references: Path) -> None:
     some = [
         Case(ANY, Sizes(2, 1, 1), Copies(1, 2), Options()),

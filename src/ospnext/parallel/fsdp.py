@@ -5,11 +5,11 @@ than 1). Which ranks share a *video* is independent of it (``mesh.py``): gradien
 divided by the number of sequences, ``dp``. That is the sum over the ranks of a sequence and the mean over data, and so
 exactly the gradient of one device whose batch is that of all ``dp`` together. Losses are never scaled.
 
-Mixed precision: the parameters a process keeps, their gradients and the reduction are in the dtype of the model's
-weights (float32 to train), gathered weights in ``param_dtype``. Inputs are never cast: timesteps, rotary positions and
-modulation reach the blocks in float32, and the model's norms and modulation compute in it, as on one device whose
-weights are in ``param_dtype``. The weights of norms and the modulation are rounded to ``param_dtype`` on the way: a
-unit is gathered in one dtype.
+Mixed precision: the parameters a process keeps and their gradients are in the dtype of the model's weights (float32 to
+train), gathered weights in ``param_dtype``; gradients are added up in float32 at least. Inputs are never cast:
+timesteps, rotary positions and modulation reach the blocks in float32, and the model's norms and modulation compute in
+it, as on one device whose weights are in ``param_dtype``. The weights of norms and the modulation are rounded to
+``param_dtype`` on the way: a unit is gathered in one dtype.
 
 A model that also trains is to sample under ``torch.no_grad``: what FSDP2 sets aside under ``torch.inference_mode``
 serves no training, and torch says so.
@@ -169,7 +169,7 @@ def _shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, shar
         "reshard_after_forward": sharding.reshard_after_forward is not False,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=sharding.param_dtype,
-            reduce_dtype=next(model.parameters()).dtype,
+            reduce_dtype=torch.promote_types(next(model.parameters()).dtype, torch.float32),
             cast_forward_inputs=False,
         ),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
