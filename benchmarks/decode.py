@@ -6,7 +6,8 @@
 A read opens a file, takes 81 frames at 16 frames a second from a random start, and gives them as RGB uint8 in the
 file's own size. Files are H.264 with B-frames as x264 makes them by default (a keyframe every 250 frames or less), 10
 to 30 s long, 480p and 720p, 24 to 60 frames a second. Readers take turns on the same windows, in another order each
-time. One JSON line a case, a table last; ``speed`` is the time of the fastest peer over ours.
+time. One JSON line a case, a table last; ``speed`` is the time of the fastest peer over ours, ``cpu_speed`` the same of
+the processor time of all threads, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -104,31 +106,39 @@ def readers(names: Iterable[str]) -> dict[str, Reader]:
     return found
 
 
-def measure(record: ClipRecord, found: dict[str, Reader], frames: int, reads: int, threads: int) -> dict[str, object]:
-    """Median milliseconds of a read by each reader, and how far pictures differ from ours, in levels of 255."""
+def measure(record: ClipRecord, found: dict[str, Reader], frames: int, reads: int, threads: int) -> dict[str, Any]:
+    """Median milliseconds of a read by each reader, of the clock and of the processor, and how far pictures differ from
+    ours, in levels of 255.
+    """
     rng, order = np.random.default_rng(1), random.Random(1)
     times: dict[str, list[float]] = {name: [] for name in found}
+    busy: dict[str, list[float]] = {name: [] for name in found}
     differ: dict[str, float] = dict.fromkeys(found, 0.0)
     for turn in range(reads + 1):
         numbers = frame_numbers(record, frames, 16, None, rng)
         names, pictures = list(found), {}
         order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
+            start, start_busy = time.perf_counter(), time.process_time()
             pictures[name] = found[name](record.path, numbers, threads)
             if turn:  # the first read warms caches up
                 times[name].append(1e3 * (time.perf_counter() - start))
+                busy[name].append(1e3 * (time.process_time() - start_busy))
         for name, picture in pictures.items():
             assert picture.shape == pictures["ours"].shape, name
             differ[name] = max(differ[name], float(np.abs(picture.astype(np.int16) - pictures["ours"]).mean()))
     ms = {name: round(statistics.median(values), 1) for name, values in times.items()}
+    cpu = {name: round(statistics.median(values), 1) for name, values in busy.items()}
     total = {name: round(sum(values), 1) for name, values in times.items()}
+    total_cpu = {name: round(sum(values), 1) for name, values in busy.items()}
     return {
         "file": f"{record.height} x {record.width}, {record.fps:g} fps, {record.num_frames / record.fps:g} s",
         "threads": threads,
         "reads": reads,
         "ms": ms,
+        "cpu_ms": cpu,
         "total_ms": total,
+        "total_cpu_ms": total_cpu,
         "differs_from_ours": {name: round(value, 3) for name, value in differ.items()},
     }
 
@@ -147,27 +157,54 @@ def main() -> None:
     parser.add_argument("--reads", type=int, default=12, help="measured reads of each file by each reader")
     parser.add_argument("--threads", default="1", help="decoding threads, a list: 1,2")
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--files", help="a folder to keep the files in, and to take them from; default: a passing one")
     parser.add_argument("--tiny", action="store_true", help="small files, to try the script")
     options = parser.parse_args()
     if options.peers:
         sys.path.append(options.peers)
     found = readers(options.names.split(","))
-    rows = []
-    with TemporaryDirectory() as folder:
-        records = [write(f, Path(folder) / f"{i}.mp4") for i, f in enumerate(TINY if options.tiny else FILES)]
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as passing:
+        folder = Path(options.files or passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [made(file, folder) for file in (TINY if options.tiny else FILES)]
         for threads in map(int, options.threads.split(",")):
             for record in records:
                 row = measure(record, found, options.frames, options.reads, threads)
-                rows.append(row | {"speed": speed(row["ms"])})  # type: ignore[arg-type]
+                rows.append(row | {"speed": speed(row["ms"]), "cpu_speed": speed(row["cpu_ms"])})
                 print(json.dumps(rows[-1]), flush=True)
-            mine = [row for row in rows if row["threads"] == threads]
-            total = {name: sum(row["total_ms"][name] for row in mine) for name in found}  # type: ignore[index]
-            print(json.dumps({"all": threads, "total_ms": total, "speed": speed(total)}), flush=True)
-    print(f"\n| file | threads | {' | '.join(f'{name}, ms' for name in found)} | speed |")
-    print("|---" * (len(found) + 3) + "|")
+            print(json.dumps(summary([row for row in rows if row["threads"] == threads], threads)), flush=True)
+    print(f"\n| file | threads | {' | '.join(f'{name}, ms (cpu)' for name in found)} | speed | cpu_speed |")
+    print("|---" * (len(found) + 4) + "|")
     for row in rows:
-        cells = " | ".join(str(row["ms"][name]) for name in found)  # type: ignore[index]
-        print(f"| {row['file']} | {row['threads']} | {cells} | {row['speed']} |")
+        cells = " | ".join(f"{row['ms'][name]} ({row['cpu_ms'][name]})" for name in found)
+        print(f"| {row['file']} | {row['threads']} | {cells} | {row['speed']} | {row['cpu_speed']} |")
+
+
+def made(file: File, folder: Path) -> ClipRecord:
+    """The record of ``file`` in ``folder``, where it is written if it is not there."""
+    path = folder / f"{file.height}x{file.width}_{file.fps}fps_{file.seconds}s.mp4"
+    if path.exists():
+        return ClipRecord(str(path), (), file.height, file.width, file.fps, file.fps * file.seconds)
+    partial = path.with_suffix(".part.mp4")
+    record = write(file, partial)
+    partial.rename(path)
+    return replace(record, path=str(path))
+
+
+def summary(rows: list[dict[str, Any]], threads: int) -> dict[str, Any]:
+    """Of all files together, by total time."""
+    total, cpu = (
+        {name: round(sum(row[key][name] for row in rows), 1) for name in rows[0]["ms"]}
+        for key in ("total_ms", "total_cpu_ms")
+    )
+    return {
+        "all": f"{threads} threads",
+        "total_ms": total,
+        "total_cpu_ms": cpu,
+        "speed": speed(total),
+        "cpu_speed": speed(cpu),
+    }
 
 
 if __name__ == "__main__":
