@@ -198,6 +198,7 @@ def _collect(
     """
     packets: list[av.Packet] = []
     times: list[int] = []
+    stamped = True
     first = None if places is not None else 0
     for packet in container.demux(stream):
         clock.check()
@@ -211,24 +212,25 @@ def _collect(
         if packet.is_discard:
             continue
         if packet.pts is None:
+            stamped = False
             if places is not None:
                 return None
-            times = []
-            if len(packets) > wanted[-1] + _REORDER:
-                break
-            continue
-        times.append(packet.pts)
+        else:
+            times.append(packet.pts)
         needed = wanted[-1] - first
-        if packet.dts is not None and len(times) > needed + 1 and packet.dts > sorted(times)[needed]:
+        if not stamped:
+            if len(packets) > needed + _REORDER:
+                break
+        elif packet.dts is not None and len(times) > needed + 1 and packet.dts > sorted(times)[needed]:
             break
     if first is None:
         return None
+    if not stamped:
+        return _Run(packets, {}, first)
     shown = sorted(times)
-    leading = sum(t < packets[0].pts for t in shown) if shown else 0
-    if places is not None and wanted[0] < first + leading:
+    if places is not None and wanted[0] < first + sum(time < packets[0].pts for time in shown):
         return None
-    stamps = {shown[number - first]: number for number in wanted if number - first < len(shown)}
-    return _Run(packets, stamps, first)
+    return _Run(packets, {shown[n - first]: n for n in wanted if n - first < len(shown)}, first)
 
 
 def _decode_stamped(
