@@ -21,6 +21,7 @@ LABELS = {
     "peer_sdpa": "diffusers Wan,\nplain SDPA",
     "full": "ours, dense",
     "skiparse": "ours, Skiparse",
+    "skiparse_eager": "ours, Skiparse,\nnot compiled",
     "skiparse_masked": "Skiparse,\npadded + masked",
 }
 PARTS = {"attention_ms": "#4c72b0", "linears_ms": "#dd8452", "rest_ms": "#55a868", "idle_ms": "#c9c9c9"}

@@ -32,7 +32,7 @@ from ospnext.ops.attention import choose_kernel, describe_kernel
 from ospnext.ops.layout import Layout
 from ospnext.ops.rope import rope_table
 
-CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_masked")
+CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_eager", "skiparse_masked")
 _PEER_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "flash2": "flash", "flash3": "_flash_3"}
 _SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _COLUMNS = {
@@ -189,6 +189,8 @@ def first_call(call: Callable[[], Any], compile_blocks: Callable[..., None], set
 @torch.no_grad()
 def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Build and time one case; its output goes into ``outputs`` for those that come after it."""
+    if case.endswith("_eager"):
+        setup = replace(setup, compile=False)
     counted = work.work_of(setup.network, setup.video.grid, setup.layouts(case))
     floor = ceilings.floor(counted)
     measure.free_all(setup.device)

@@ -10,6 +10,8 @@ linear layers.)
 
 import argparse
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import measure
@@ -21,10 +23,10 @@ from padded import PaddedPlan, masked_attention, padded_grid
 from torch import nn
 
 from ospnext.device import resolve_device, resolve_dtype
-from ospnext.models.transformer import LayerNorm, RMSNorm
 from ospnext.ops.attention import attend, describe_kernel
+from ospnext.ops.fused import add, add_norm, embed_patches, linear_gelu, norm, norm_rope, rms_norm
 from ospnext.ops.layout import Grid, Layout, Switch
-from ospnext.ops.rope import apply_rope, rope_table
+from ospnext.ops.rope import rope_table
 
 EPS = 1e-6
 _COLUMNS = {
@@ -92,39 +94,40 @@ def pointwise(s: Shapes) -> Iterator[Op]:
     n, dim = s.grid.tokens, s.network.dim
     x, y = s.random(1, n, dim), s.random(1, n, dim)
     scale, shift, gate = (torch.randn(1, 1, dim, device=s.device) for _ in range(3))
-    layer_norm = LayerNorm(dim, EPS, elementwise_affine=False)
-
-    yield Op(
-        "norm + modulation",
-        lambda x, scale, shift: (layer_norm(x) * (1 + scale) + shift).type_as(x),
-        (x, scale, shift),
-        lambda r: F.layer_norm(x[:, r].double(), (dim,), eps=EPS) * (1 + scale.double()) + shift.double(),
-        bytes=2 * _bytes(x),
-    )
-
-    rms_norm = RMSNorm(dim, eps=EPS, device=s.device, dtype=s.dtype)
-    nn.init.normal_(rms_norm.weight, 1.0, 0.1)
+    weight = 1 + 0.1 * s.random(dim)
     rope, heads = rope_table(s.grid, dim // s.network.num_heads, s.device), s.network.num_heads
 
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.double(), (dim,), eps=EPS) * scale.double() + shift.double()
+
     def rotated(r: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x[:, r].double(), (dim,), rms_norm.weight.double(), EPS).unflatten(-1, (heads, -1))
+        normed = F.rms_norm(x[:, r].double(), (dim,), weight.double(), EPS).unflatten(-1, (heads, -1))
         cos, sin = rope[r, None].double().chunk(2, dim=-1)
         turned = torch.view_as_complex(normed.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
         return torch.view_as_real(turned).flatten(-2)
 
+    def residual(r: torch.Tensor) -> torch.Tensor:
+        return x[:, r].double() + y[:, r].double() * gate.double()
+
+    once = _bytes(x)
+    yield Op("norm + modulation", partial(norm, eps=EPS), (x, scale, shift), lambda r: normed(x[:, r]), 2 * once)
     yield Op(
-        "qk-norm + RoPE, q alone",
-        lambda x, rope: apply_rope(rms_norm(x).unflatten(-1, (heads, -1)), rope),
-        (x, rope),
-        rotated,
-        bytes=2 * _bytes(x) + _bytes(rope),
+        "gate + residual + norm + modulation",
+        lambda *tensors: add_norm(*tensors, EPS)[1],
+        (x, y, gate, scale, shift),
+        lambda r: normed(residual(r).to(x.dtype)),
+        bytes=4 * once,
+    )
+    yield Op("gate + residual", add, (x, y, gate), residual, bytes=3 * once)
+    yield Op(
+        "RMS norm",
+        partial(rms_norm, eps=EPS),
+        (x, weight),
+        lambda r: F.rms_norm(x[:, r].double(), (dim,), weight.double(), EPS),
+        bytes=2 * once,
     )
     yield Op(
-        "gate + residual",
-        lambda x, y, gate: (x.float() + y.float() * gate).type_as(x),
-        (x, y, gate),
-        lambda r: x[:, r].double() + y[:, r].double() * gate.double(),
-        bytes=3 * _bytes(x),
+        "qk-norm + RoPE, q alone", partial(norm_rope, eps=EPS), (x, weight, rope), rotated, 2 * once + _bytes(rope)
     )
     wide = s.random(1, n, s.network.ffn_dim)
     yield Op(
@@ -139,24 +142,22 @@ def pointwise(s: Shapes) -> Iterator[Op]:
 def patches(s: Shapes) -> Iterator[Op]:
     """From latents to tokens: as the convolution of Wan's weights, and as the product that it is."""
     (t, h, w), channels, dim = s.grid, s.network.latent_dim, s.network.dim
-    latents, bias = s.random(1, channels, t, 2 * h, 2 * w), s.random(dim)
-    weight = s.random(dim, channels, 1, 2, 2) * (4 * channels) ** -0.5
-
-    def rows_of_patches(x: torch.Tensor) -> torch.Tensor:
-        return x.view(1, channels, t, h, 2, w, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(1, s.grid.tokens, -1)
-
-    def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.conv3d(x, weight, bias, stride=(1, 2, 2)).flatten(2).transpose(1, 2).contiguous()
-
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.linear(rows_of_patches(x), weight.flatten(1), bias)
+    latents = s.random(1, channels, t, 2 * h, 2 * w)
+    layer = nn.Conv3d(channels, dim, (1, 2, 2), (1, 2, 2), device=s.device, dtype=s.dtype)
+    exact = deepcopy(layer).double()
+    moved = _bytes(latents) + s.grid.tokens * dim * latents.element_size()
 
     def reference(r: torch.Tensor) -> torch.Tensor:
-        return F.linear(rows_of_patches(latents)[:, r].double(), weight.flatten(1).double(), bias.double())
+        return embed_patches(latents.double(), exact)[:, r]
 
-    moved = _bytes(latents) + s.grid.tokens * dim * latents.element_size()
-    for name, function in (("patch embedding, convolution", convolution), ("patch embedding, product", product)):
-        yield Op(name, function, (latents, weight, bias), reference, bytes=moved)
+    yield Op("patch embedding, product", lambda x: embed_patches(x, layer), (latents,), reference, bytes=moved)
+    yield Op(
+        "patch embedding, convolution",
+        lambda x: layer(x).flatten(2).transpose(1, 2).contiguous(),
+        (latents,),
+        reference,
+        bytes=moved,
+    )
 
 
 def feed_forward(s: Shapes) -> Iterator[Op]:
@@ -170,8 +171,11 @@ def feed_forward(s: Shapes) -> Iterator[Op]:
     def apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
+    layer = nn.Linear(dim, ffn, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+
     def fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)[None]
+        return linear_gelu(x, layer)
 
     product = work.Product(n, dim, ffn)
     yield Op("linear, then GELU", apart, (x, weight, bias), reference, flops=product.flops)

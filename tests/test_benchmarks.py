@@ -71,7 +71,7 @@ def test_operations_agree_with_float64(
     monkeypatch.setattr(sys, "argv", ["ops.py", *TINY])
     lines = ops.run(ops.parse_arguments())
     assert lines == records(capsys.readouterr().out)
-    assert len(lines) == 12
+    assert len(lines) == 14
     for line in lines:
         assert line["relative_error"] < 1e-6, line["op"]
         assert bool(line["bytes"]) != bool(line["flops"])

@@ -131,8 +131,8 @@ def count_gathers(rank: int, setting: Setting, sharding: Sharding) -> tuple[list
     with Gathers() as gathers:
         parallelise(model, mesh_of(Sizes(2, 1, 1)), weights_of(Copies(1, 2)), Options(sharding))
         for block in model.blocks:  # the first thing that a block computes, and so the last in the backward pass
-            block.norm1.register_forward_pre_hook(lambda *_: forward.append(gathers.count))
-            block.norm1.register_full_backward_pre_hook(lambda *_: backward.append(gathers.count))
+            block.self_attn.q.register_forward_pre_hook(lambda *_: forward.append(gathers.count))
+            block.self_attn.q.register_full_backward_pre_hook(lambda *_: backward.append(gathers.count))
         before = gathers.count
         out = model(*setting.inputs()).sample
         between = gathers.count

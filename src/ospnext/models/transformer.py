@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -20,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ospnext.ops.attention import Attend, check_kernel
+from ospnext.ops.fused import add, add_norm, embed_patches, linear_gelu, norm, norm_rope, rms_norm
 from ospnext.ops.layout import Grid, Switch, block_layouts
 from ospnext.ops.rope import apply_rope, rope_table
 
@@ -27,16 +27,11 @@ from ospnext.ops.rope import apply_rope, rope_table
 class RMSNorm(nn.RMSNorm):
     """RMS norm over the last axis, computed in float32 whatever the dtype of input and weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm over the last axis, computed in float32; the result is float32 for the modulation that follows."""
+    eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        """``[B, N, dim]`` to the same."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -64,9 +59,15 @@ class SelfAttention(Attention):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor, segments: tuple[int, ...]) -> torch.Tensor:
         """``x [B, N, dim]``, ``rope [N, head_dim]`` and segment lengths, all in the same token order."""
-        q = apply_rope(self.heads(self.norm_q(self.q(x))), rope)
-        k = apply_rope(self.heads(self.norm_k(self.k(x))), rope)
+        q = self.rotated(self.q(x), self.norm_q, rope)
+        k = self.rotated(self.k(x), self.norm_k, rope)
         return self.o(self.attend(q, k, self.heads(self.v(x)), segments).flatten(-2))
+
+    def rotated(self, x: torch.Tensor, norm: nn.Module, rope: torch.Tensor) -> torch.Tensor:
+        """Queries or keys ``[B, N, dim]`` normalised and rotated: ``[B, N, heads, head_dim]``."""
+        if isinstance(norm, RMSNorm):
+            return norm_rope(x, norm.weight, rope, norm.eps)
+        return apply_rope(self.heads(x), rope)
 
 
 class CrossAttention(Attention):
@@ -79,6 +80,17 @@ class CrossAttention(Attention):
         return self.o(self.attend(q, k, self.heads(self.v(text))).flatten(-2))
 
 
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear: a sequence, so that its parameters have the names they have in Wan."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, dim]`` to the same."""
+        return self[2](linear_gelu(x, self[0]))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, modulated by the time embedding."""
 
@@ -86,12 +98,11 @@ class TransformerBlock(nn.Module):
         self, dim: int, ffn_dim: int, num_heads: int, qk_norm: bool, cross_attn_norm: bool, eps: float
     ) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.eps = eps
         self.self_attn = SelfAttention(dim, num_heads, qk_norm, eps)
-        self.norm3 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.norm3 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(dim, num_heads, qk_norm, eps)
-        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(
@@ -107,11 +118,14 @@ class TransformerBlock(nn.Module):
             segments: segment lengths of the layout.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
-        h = (self.norm1(x) * (1 + scale1) + shift1).type_as(x)
-        x = (x.float() + self.self_attn(h, rope, segments) * gate1).type_as(x)
-        x = x + self.cross_attn(self.norm3(x).type_as(x), text)
-        h = (self.norm2(x) * (1 + scale2) + shift2).type_as(x)
-        return (x.float() + self.ffn(h).float() * gate2).type_as(x)
+        # The residual stays in x's dtype; norms, modulation and the sums compute in float32.
+        y = self.self_attn(norm(x, 1 + scale1, shift1, self.eps), rope, segments)
+        if isinstance(self.norm3, nn.LayerNorm):
+            x, h = add_norm(x, y, gate1, self.norm3.weight, self.norm3.bias, self.eps)
+        else:
+            x = h = add(x, y, gate1)
+        x, h = add_norm(x, self.cross_attn(h, text), None, 1 + scale2, shift2, self.eps)
+        return add(x, self.ffn(h), gate2)
 
 
 class Head(nn.Module):
@@ -119,14 +133,14 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim, eps, elementwise_affine=False)
+        self.eps = eps
         self.head = nn.Linear(dim, patch_channels)
         self.modulation = nn.Parameter(torch.empty(1, 2, dim))
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """``x [B, N, dim]`` and the float32 time embedding ``[B, dim]`` to ``[B, N, patch_channels]``."""
         shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
-        return self.head((self.norm(x) * (1 + scale) + shift).type_as(x))
+        return self.head(norm(x, 1 + scale, shift, self.eps))
 
 
 class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -200,7 +214,7 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm | LayerNorm) and module.elementwise_affine:
+            elif isinstance(module, RMSNorm | nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, TransformerBlock | Head):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
@@ -272,8 +286,7 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = self.text_embedding(encoder_hidden_states.to(dtype))
 
         here = self.layouts[0]
-        x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2)
-        x = plan.scatter(x, here).contiguous()  # all blocks see the same strides: one compilation serves them
+        x = plan.scatter(embed_patches(hidden_states.to(dtype), self.patch_embedding), here)
         for block, layout in zip(self.blocks, self.layouts, strict=True):
             # Between blocks, not inside: never compiled or recomputed with them.
             x = self.switch(x, plan, here, layout)

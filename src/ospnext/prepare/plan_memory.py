@@ -4,6 +4,7 @@ Under FSDP a process holds its shard of the transformer and, while a block runs,
 what stands outside blocks stays whole. Autoencoder and text encoder are whole everywhere.
 """
 
+import math
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
@@ -123,13 +124,16 @@ def _inference_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
 
 
 def _training_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
-    """What blocks and head keep for the backward pass, and what more is there while that runs, the head first."""
+    """What blocks, head and embedding keep for the backward pass, and what more that needs, the head first."""
     blocks, entry, head = held_by_blocks(recipe, mesh), _entry(recipe, mesh), _head(recipe, mesh)
     if recipe.checkpointing:
         kept, more = blocks.total() * entry, max(held.backward_peak for held in blocks) - entry
     else:
         kept = sum(held.saved * number for held, number in blocks.items())
         more = max(held.backward_peak - held.saved for held in blocks)
+    settings = recipe.settings
+    patch = settings["in_dim"] * math.prod(settings["patch_size"])
+    kept += rows(recipe, mesh) * recipe.grid.tokens * patch * recipe.dtype.itemsize  # what is embedded, for its weight
     return {"activations": kept + head.saved, "temporaries": max(more, head.backward_peak) - head.saved}
 
 
