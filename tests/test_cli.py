@@ -140,6 +140,7 @@ def test_only_errors_of_the_input_are_explained(tmp_path):
     assert explain(RuntimeError("a bug of ours")) is None
     assert explain(ValueError("two\nlines")) == "two lines"
     assert explain(PermissionError(13, "Permission denied", "out")) == "out: Permission denied"
+    assert explain(OSError(28, "No space left on device")) == "No space left on device"
     assert explain(MemoryError()).startswith("out of memory")
     text = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     assert explain(RuntimeError(text)).startswith("out of memory")

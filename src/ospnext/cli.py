@@ -264,8 +264,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError | RuntimeError):
         full = type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "DefaultCPUAllocator" in text
         return f"out of memory: make fewer frames, smaller ones, or fewer at once ({text[:200]})" if full else None
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return text
 
 

@@ -121,6 +121,8 @@ def load_config(
     if any(key in cls.alternatives for key, _ in pairs):
         data = {key: value for key, value in data.items() if key not in cls.alternatives}
     for key, value in pairs:
+        if broken := [text for text in (value if isinstance(value, list) else [value]) if _is_broken(text)]:
+            raise ConfigError(f"{key}: {broken[0]!r} is not text in UTF-8")
         _put(data, key, value)
     settled = _settle(cls, data, rules or {})
     if settled.errors:
@@ -297,6 +299,11 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 def _section_of(field: FieldInfo) -> type[Config] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Config) else None
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether it is text with bytes of another encoding in it, which Python keeps as lone surrogates."""
+    return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_placeholder(value: Any) -> bool:

@@ -183,6 +183,12 @@ def write_sparse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         ("output_dir=file", "output_dir file cannot be written"),
         ("output_dir=file/below", "output_dir file/below cannot be written"),
         ("prompts=blank", "holds no prompt"),
+        ("scheduler_config.num_inference_steps=1000000000000", "num_inference_steps is 1000000000000"),
+        ("num_videos_per_prompt=1000000000000", "num_videos_per_prompt is 1000000000000"),
+        ("batch_size=1000000000000", "batch_size or size of video"),
+        ("save_fps=1e300", "save_fps is 1e+300"),
+        ("save_fps=1e-9", "save_fps is 1e-09"),
+        ("negative_prompt=\udcff\udcfe", r"negative_prompt: '\udcff\udcfe' is not text in UTF-8"),
     ],
 )
 def test_words(refused: Refused, word: str, message: str) -> None:

@@ -14,6 +14,7 @@ from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.generate import run as generate
 from ospnext.generate import sources
+from ospnext.generate.manifest import only_run
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import run
 from ospnext.generate.settings import GenerateConfig, output_folder
@@ -203,9 +204,74 @@ def test_not_a_number_is_said(make: Generate, model: Path, tmp_path: Path) -> No
     pipe = OSPNextPipeline.from_pretrained(model)
     torch.nn.init.constant_(pipe.transformer.head.head.bias, float("nan"))
     pipe.save_pretrained(model)
-    with pytest.raises(ValueError, match=r"video_0\.mp4 came out as NaN"):
+    with pytest.raises(ValueError, match=r"video_0\.mp4 came out as NaN or infinite: use a usual guidance_scale"):
         make()
     assert not manifest_of(tmp_path / "out")["videos"]
+    with pytest.raises(ValueError, match="float16 overflows, use weight_dtype=bf16"):
+        make(weight_dtype="fp16", overwrite=True)
+
+
+# ── what is found in the folder ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: "{", "Expecting property name"),
+        (lambda state: "null", "Input should be"),
+        (lambda state: json.dumps(state | {"videos": [1]}), "videos"),
+        (lambda state: json.dumps(state | {"videos": [{"file": "video_0.mp4"}]}), "videos.0.number: Field required"),
+        (
+            lambda state: json.dumps(state | {"videos": [state["videos"][0] | {"number": "first"}]}),
+            "videos.0.number: Input should be",
+        ),
+        (lambda state: json.dumps(state | {"settings": 3}), "settings"),
+    ],
+)
+def test_a_damaged_manifest_is_said_and_nothing_is_touched(
+    make: Generate, tmp_path: Path, damage: Callable[[Any], str], message: str
+) -> None:
+    make()
+    out = tmp_path / "out"
+    (out / "manifest.json").write_text(damage(manifest_of(out)))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=f"is not a manifest of ospnext .*{message}") as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    make(overwrite=True)
+
+
+def test_a_damaged_video_is_named_and_made_anew_once_removed(make: Generate, tmp_path: Path) -> None:
+    make(prompt=("one", "two"))
+    out = tmp_path / "out"
+    whole = (out / "video_1.mp4").read_bytes()
+    (out / "video_1.mp4").write_bytes(whole[:100])
+    (out / "video_grid.mp4").unlink()
+    with pytest.raises(ValueError, match=r"video_1\.mp4 .*remove it and start again"):
+        make(prompt=("one", "two"))
+    (out / "video_1.mp4").unlink()
+    assert "2 videos (1 new" in make(prompt=("one", "two"))
+    assert (out / "video_1.mp4").read_bytes() == whole
+
+
+def test_two_runs_never_write_to_one_folder(make: Generate, tmp_path: Path) -> None:
+    make()
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with only_run(out), pytest.raises(ValueError, match=r"another run is writing to .*out: wait for it"):
+        make(prompt="another", overwrite=True)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    make()
+
+
+def test_what_a_killed_run_left_half_written_is_taken_away(make: Generate, tmp_path: Path) -> None:
+    make()
+    out = tmp_path / "out"
+    for name in (".video_0.mp4.123.part", ".manifest.json.123.part", ".notes.part"):
+        (out / name).touch()
+    make()
+    assert [path.name for path in out.glob(".*")] == [".notes.part"]
 
 
 # ── what is refused before anything is loaded ─────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
+from ospnext.checkpoints import memory
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.flow.path import dynamic_shift
@@ -217,6 +218,7 @@ def test_training_teaches(tmp_path, vae_folder):
         ({"model_config__out_dim": 8}, "model_config.out_dim is 8"),
         ({"data_config__dataset_config__sample_num_frames": 6}, "sample_num_frames is 6: these networks need 4k + 1"),
         ({"data_config__dataset_config__sample_width": 40}, "sample_width is 40: these networks need a multiple of 16"),
+        ({"data_config__dataset_config__num_clips": 10**12}, "num_clips is 1000000000000, but should be"),
         ({"optimizer_config__learning_rate": 1}, "unknown key 'optimizer_config.learning_rate'"),
     ],
 )
@@ -227,6 +229,14 @@ def test_bad_input_is_one_line_before_anything_is_trained(tmp_path, vae_folder, 
     assert said in error
     assert error.count("\n") == 1
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_clips_that_do_not_fit_in_memory_are_refused_before_they_are_rendered(
+    tmp_path, vae_folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
+    assert train(tmp_path / "run", vae_folder, data_config__dataset_config__num_clips=10**6) == 2
+    assert "a pool of 1000000 clips: needs" in capsys.readouterr().err
 
 
 def test_a_missing_vae_is_named(tmp_path, capsys):

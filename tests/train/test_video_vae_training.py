@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ospnext.checkpoints import memory
 from ospnext.checkpoints.load import load_vae
 from ospnext.cli import main
 from ospnext.config import ConfigError, load_config
@@ -175,6 +176,14 @@ def test_the_default_architecture_compresses_as_documented():
 def test_bad_settings_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(VAETrainConfig, None, [override])
+
+
+def test_a_pool_that_does_not_fit_in_memory_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
+    assert train(tmp_path / "run", "num_clips=1000") == 2
+    error = capsys.readouterr().err
+    assert "a pool of 1000 clips: needs" in error
+    assert "use a smaller num_clips" in error
 
 
 def test_bad_input_is_one_line_and_loses_nothing(tmp_path, capsys):

@@ -27,13 +27,17 @@ def checkpoint_bytes(path: str | Path, dtype: torch.dtype | None = None) -> int:
     return open_weights(Path(path)).nbytes(dtype)
 
 
-def require_memory(need: int, device: torch.device, what: str = "the weights") -> None:
+_SMALLER = "use a smaller dtype (bf16), another device, or fewer things loaded at once"
+
+
+def require_memory(need: int, device: torch.device, what: str = "the weights", way_out: str = _SMALLER) -> None:
     """Stop before loading what does not fit.
 
     Args:
         need: bytes.
         device: where they shall go.
         what: what they are, for the message.
+        way_out: what to do about it, for the message.
 
     Raises:
         OutOfMemoryError: less is free; names both.
@@ -41,6 +45,5 @@ def require_memory(need: int, device: torch.device, what: str = "the weights") -
     free = free_memory(device)
     if need > free:
         raise OutOfMemoryError(
-            f"{what}: needs {need / _GIB:.1f} GiB on {device}, but {free / _GIB:.1f} GiB are free: use a smaller dtype "
-            "(bf16), another device, or fewer things loaded at once"
+            f"{what}: needs {need / _GIB:.1f} GiB on {device}, but {free / _GIB:.1f} GiB are free: {way_out}"
         )

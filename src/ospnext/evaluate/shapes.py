@@ -25,6 +25,7 @@ from ospnext.evaluate.grading import grade_all
 from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
+from ospnext.generate.settings import Guidance, Steps
 from ospnext.media import contact_sheet, write_video
 from ospnext.ops.attention import describe_kernel
 from ospnext.shapes.captions import caption
@@ -42,11 +43,11 @@ class EvaluateShapesConfig(Config):
     world: Literal["large", "simple", "full"] = Field(
         "large", description="which scenes; the embedded model knows large ones"
     )
-    num_prompts: int = Field(512, ge=1, description="held-out prompts")
+    num_prompts: int = Field(512, ge=1, le=10**6, description="held-out prompts")
     seed: int = Field(1, ge=0, description="of prompts and noise")
     batch_size: int = Field(16, ge=1, description="videos at once")
-    num_inference_steps: int | None = Field(None, ge=1, description="default: the model's")
-    guidance_scale: float | None = Field(None, description="default: the model's")
+    num_inference_steps: Steps | None = Field(None, description="default: the model's")
+    guidance_scale: Guidance | None = Field(None, description="default: the model's")
     device: str = Field("auto", description="auto | cpu | cuda | npu | mps")
     weight_dtype: DType = Field("bf16", description="numbers of the transformer; a CPU computes in fp32 unless told")
     attention_kernel: AttentionKernel = Field("auto", description="auto picks the fastest that runs here")

@@ -3,13 +3,17 @@
 The file is replaced as a whole after every video, so that a run that is killed loses nothing that it finished.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ospnext.config import ConfigError
+from pydantic import ValidationError
+
+from ospnext.config import Config, ConfigError
 
 FILE = "manifest.json"
 _WAY_OUT = "choose another output_dir, or overwrite=true"
@@ -27,6 +31,24 @@ class VideoTask(NamedTuple):
     def file(self) -> str:
         """Name of the video in the output folder."""
         return f"video_{self.number}.mp4"
+
+
+class _Video(Config, extra="ignore"):
+    """What the file must say of a video, besides what else it says."""
+
+    number: int
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    file: str
+    decoded: str
+
+
+class _State(Config, extra="ignore"):
+    """What the file must hold."""
+
+    settings: dict[str, Any]
+    videos: tuple[_Video, ...]
 
 
 class Manifest:
@@ -49,8 +71,8 @@ class Manifest:
         self.settings = dict(settings)
         self.report = dict(report)
         self.videos: dict[str, dict[str, Any]] = {}
-        there = {} if overwrite else _read(folder / FILE)
-        if there:
+        there = None if overwrite else _read(folder / FILE)
+        if there is not None:
             changed = [
                 f"{key} was {there['settings'].get(key)!r}, now {self.settings.get(key)!r}"
                 for key in sorted(there["settings"].keys() | self.settings.keys())
@@ -93,21 +115,58 @@ class Manifest:
         write_text(self.folder / FILE, json.dumps(state, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep an output folder to this run alone, and take away what a run that was killed left half written.
+
+    The system lets go of the folder when the process dies. Where a file system knows no locks there is none.
+
+    Raises:
+        ConfigError: another run is writing to the folder.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in ("video_*.mp4", FILE):
+            for partial in folder.glob(f".{name}.*.part"):
+                partial.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another output_dir") from error
+    except OSError:  # no locks here
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file that is either whole or not there.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+    except OSError as error:  # a disk that is full names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
-        return {}
+        return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        return {"settings": dict(state["settings"]), "videos": list(state["videos"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a manifest of ospnext ({error}): {_WAY_OUT}") from error
+        _State.model_validate(state)
+    except ValueError as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(f"{path} is not a manifest of ospnext ({why}): {_WAY_OUT}") from error
+    return dict(state)

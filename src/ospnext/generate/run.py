@@ -27,7 +27,7 @@ from ospnext.checkpoints.fill import progress_bar
 from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.config import ConfigError, dump_yaml
 from ospnext.device import device_label, resolve_device
-from ospnext.generate.manifest import Manifest, VideoTask, write_text
+from ospnext.generate.manifest import Manifest, VideoTask, only_run, write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.settings import GenerateConfig, output_folder, read_prompts
 from ospnext.generate.sources import DECODING, Plan, load_pipeline, make_plan
@@ -52,9 +52,22 @@ def run(config: GenerateConfig) -> str:
     report = describe_run(config, plan, device)
     tasks = make_tasks(config, prompts, plan)
     folder = make_folder(output_folder(config.output_dir, prompts))
+    with only_run(folder):
+        return fill_folder(folder, config, plan, tasks, report, device)
+
+
+def fill_folder(
+    folder: Path,
+    config: GenerateConfig,
+    plan: Plan,
+    tasks: Sequence[VideoTask],
+    report: Mapping[str, str],
+    device: torch.device,
+) -> str:
+    """Make the videos that are not there yet, and the grid of all; returns a line that says where they are."""
     manifest = Manifest(folder, shared_settings(config, plan), report, config.overwrite)
     pending = [task for task in tasks if not manifest.has(task)]
-    print_report(report | {"videos": f"{len(tasks)}, of which {len(tasks) - len(pending)} are there"})
+    print_report({**report, "videos": f"{len(tasks)}, of which {len(tasks) - len(pending)} are there"})
     write_text(folder / "config.yaml", dump_yaml(config))
     manifest.save()
     if pending:
@@ -62,7 +75,7 @@ def run(config: GenerateConfig) -> str:
             pipe = load_pipeline(config, plan, device, progress)
         make_videos(pipe, config, plan, pending, manifest)
     if pending or not (folder / GRID).exists():
-        video_grid([folder / task.file for task in tasks], folder / GRID, config.save_fps)
+        make_grid([folder / task.file for task in tasks], folder / GRID, config.save_fps)
     ways = sorted({manifest.videos[task.file]["decoded"] for task in tasks})
     videos = "1 video" if len(tasks) == 1 else f"{len(tasks)} videos"
     watch = folder / (tasks[0].file if len(tasks) == 1 else GRID)
@@ -124,12 +137,31 @@ def make_videos(
             for task, one in zip(batch, latents.split(1), strict=True):
                 start = time.perf_counter()
                 if not one.isfinite().all():
-                    raise ValueError(f"{task.file} came out as NaN or infinite: use weight_dtype=bf16 or fp32")
+                    raise ValueError(f"{task.file} came out as NaN or infinite: {_nan_way_out(plan)}")
                 frames = pipe.decode(one, "pt")[0]
                 write_video(manifest.folder / task.file, to_uint8(frames), config.save_fps)
                 seconds = round(sampled + time.perf_counter() - start, 2)
                 manifest.add(task, seconds=seconds, decoded=pipe.decode_mode)
                 bars.video()
+
+
+def make_grid(videos: Sequence[Path], grid: Path, fps: float) -> None:
+    """All videos in one, from their files.
+
+    Raises:
+        ConfigError: a file that was finished once is damaged.
+    """
+    try:
+        video_grid(videos, grid, fps)
+    except ValueError as error:
+        raise ConfigError(f"{error}; remove it and start again to make it anew") from error
+
+
+def _nan_way_out(plan: Plan) -> str:
+    """What to change, by what is most likely to blame."""
+    if torch.float16 in plan.dtypes:
+        return "float16 overflows, use weight_dtype=bf16"
+    return f"use a usual guidance_scale (not {plan.sampling.guidance_scale:g}) and shift (not {plan.sampling.shift:g})"
 
 
 def to_uint8(frames: Tensor) -> Tensor:

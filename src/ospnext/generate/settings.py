@@ -13,7 +13,7 @@ from ospnext.config import Config, ConfigError, describe_errors
 
 Frames = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=16)]
-Steps = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, le=10_000)]
 Guidance = Annotated[float, Field(ge=0)]
 Shift = Annotated[float, Field(gt=0)]
 SamplerName = Literal["euler", "unipc"]
@@ -107,12 +107,14 @@ class GenerateConfig(RunConfig):
         default=None, description="a file with a prompt per line (ends in .txt, or exists), else a prompt"
     )
     negative_prompt: str | None = Field(default=None, description="what to avoid; default: the model's own")
-    num_videos_per_prompt: int = Field(default=1, ge=1, description="videos of each prompt, each with its own seed")
+    num_videos_per_prompt: int = Field(
+        default=1, ge=1, le=10_000, description="videos of each prompt, each with its own seed"
+    )
     batch_size: int = Field(default=1, ge=1, description="videos that are denoised together")
     num_frames: Frames | None = Field(default=None, description=f"frames, 4k+1; {_model_or_wan('num_frames')}")
     height: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('height')}")
     width: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('width')}")
-    save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
+    save_fps: float = Field(default=16, ge=0.1, le=1000, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
     sampler: SamplerName | None = Field(default=None, description=f"euler | unipc; {_model_or_wan('sampler')}")
     weight_dtype: DType = Field(

@@ -35,7 +35,7 @@ class DatasetConfig(Config):
         default="simple", description="which scenes the shapes dataset renders"
     )
     num_clips: int = Field(
-        default=20_000, ge=1, description="clips of the shapes dataset, kept on the device as latents"
+        default=20_000, ge=1, le=10**6, description="clips of the shapes dataset, kept on the device as latents"
     )
 
 

@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from ospnext.checkpoints.components import load_pipeline_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from ospnext.checkpoints.memory import require_memory
 from ospnext.device import device_label, dtype_label, resolve_device, resolve_dtype
 from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
 from ospnext.generate.pipeline import OSPNextPipeline, size_step
@@ -162,8 +163,17 @@ def check_fit(config: TrainConfig, parts: Components) -> None:
 
 
 def make_data(config: TrainConfig, parts: Components, device: torch.device) -> LatentClips:
-    """The rendered dataset the configuration describes."""
+    """The rendered dataset the configuration describes.
+
+    Raises:
+        OutOfMemoryError: its latents do not fit on the device.
+    """
     dataset = config.data_config.dataset_config
+    vae = parts.vae.config
+    frames = 1 + (dataset.sample_num_frames - 1) // vae.scale_factor_temporal
+    latents = frames * dataset.sample_height * dataset.sample_width // vae.scale_factor_spatial**2 * vae.z_dim
+    need = dataset.num_clips * latents * (2 if device.type == "cuda" else 4)
+    require_memory(need, device, f"a pool of {dataset.num_clips} clips", "use a smaller num_clips")
     return LatentClips(
         parts.vae,
         parts.tokenizer,

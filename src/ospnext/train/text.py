@@ -41,7 +41,9 @@ class TextTrainConfig(Config):
     device: str = Field("auto", description="auto | cpu | cuda | npu | mps")
     text_dim: int = Field(128, ge=32, multiple_of=32, description="width of the encoder")
     text_len: int = Field(128, ge=16, description="most tokens (bytes) of a caption")
-    num_captions: int = Field(40_000, ge=10, description="captions of the pool; a tenth, 2000 at most, to measure on")
+    num_captions: int = Field(
+        40_000, ge=10, le=10**6, description="captions of the pool; a tenth, 2000 at most, to measure on"
+    )
     batch_size: int = Field(128, ge=1, description="captions of a step")
     training_iteration: int = Field(3000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(None, gt=0, description="save and stop after it; start again to go on")

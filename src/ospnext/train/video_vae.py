@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from pydantic import Field, model_validator
 
 from ospnext.assemble import DType
+from ospnext.checkpoints.memory import require_memory
 from ospnext.checkpoints.save import saving
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
@@ -75,7 +76,7 @@ class VAETrainConfig(Config):
     compile: bool = Field(True, description="torch.compile encoder and decoder, on accelerators")
     architecture: VAEArchitecture = VAEArchitecture()
     world: WorldName = Field("both", description="which scenes are rendered; both: half each")
-    num_clips: int = Field(6000, ge=1, description="clips of the pool, kept on the device")
+    num_clips: int = Field(6000, ge=1, le=10**6, description="clips of the pool, kept on the device")
     num_frames: int = Field(33, ge=1, description="frames of a clip, 4k+1")
     height: int = Field(128, ge=16, description="pixels")
     width: int = Field(128, ge=16, description="pixels")
@@ -119,6 +120,12 @@ def run(config: VAETrainConfig) -> None:
     vae = channels_last(config.architecture.build().to(device))
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters on {device_label(device)}")
     size = ClipSize(config.num_frames, config.height, config.width)
+    require_memory(
+        3 * config.num_clips * size.frames * size.height * size.width,
+        device,
+        f"a pool of {config.num_clips} clips",
+        "use a smaller num_clips",
+    )
     pool = render_pool(sample_scenes(config.world, config.num_clips, config.seed), size, device)
     encode, decode = encode_whole, decode_whole
     if config.compile and device.type != "cpu":
