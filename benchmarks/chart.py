@@ -17,11 +17,11 @@ mpl.use("Agg")  # files, no window
 import matplotlib.pyplot as plt
 
 LABELS = {
-    "peer": "diffusers Wan",
-    "peer_sdpa": "diffusers Wan,\nplain SDPA",
+    "peer": "diffusers Wan,\ncompiled",
+    "peer_sdpa": "diffusers Wan,\nplain SDPA,\ncompiled",
     "full": "ours, dense",
     "skiparse": "ours, Skiparse",
-    "skiparse_eager": "ours, Skiparse,\nnot compiled",
+    "skiparse_compiled": "ours, Skiparse,\ncompiled",
     "skiparse_masked": "Skiparse,\npadded + masked",
 }
 PARTS = {"attention_ms": "#4c72b0", "linears_ms": "#dd8452", "rest_ms": "#55a868", "idle_ms": "#c9c9c9"}

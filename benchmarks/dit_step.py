@@ -29,10 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from ospnext.device import resolve_device, resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import choose_kernel, describe_kernel
+from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout
 from ospnext.ops.rope import rope_table
 
-CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_eager", "skiparse_masked")
+CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_compiled", "skiparse_masked")
 _PEER_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "flash2": "flash", "flash3": "_flash_3"}
 _SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _COLUMNS = {
@@ -170,6 +171,11 @@ def inputs(setup: Setup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return random(size.latent_dim, *setup.video.latents), timestep, random(size.text_len, size.text_dim)
 
 
+def gains_by_compiling(case: str, device: torch.device) -> bool:
+    """Our blocks are not compiled where they have fused kernels of their own, unless the case's name asks for it."""
+    return case.startswith("peer") or case.endswith("_compiled") or describe_fused(device) != "triton"
+
+
 def first_call(call: Callable[[], Any], compile_blocks: Callable[..., None], setup: Setup) -> dict[str, Any]:
     """Compile if asked to, as whole graphs where the code allows it, and time the first call."""
     if not setup.compile:
@@ -189,8 +195,7 @@ def first_call(call: Callable[[], Any], compile_blocks: Callable[..., None], set
 @torch.no_grad()
 def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Build and time one case; its output goes into ``outputs`` for those that come after it."""
-    if case.endswith("_eager"):
-        setup = replace(setup, compile=False)
+    setup = replace(setup, compile=setup.compile and gains_by_compiling(case, setup.device))
     counted = work.work_of(setup.network, setup.video.grid, setup.layouts(case))
     floor = ceilings.floor(counted)
     measure.free_all(setup.device)
@@ -295,6 +300,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = resolve_dtype(arguments.dtype or ("fp32" if device.type == "cpu" else "bf16"))
     facts = {**measure.machine(device), "dtype": str(dtype).removeprefix("torch.")}
     facts["attention"] = describe_kernel(arguments.attention, device, dtype)
+    facts["fused"] = describe_fused(device)
     peak = arguments.peak_tflops if device.type != "cpu" else None
     ceilings = work.Ceilings(device, dtype, arguments.attention)
     records = []
@@ -358,7 +364,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", choices=("auto", *_PEER_BACKENDS), help="kernel of all cases")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: bf16, on the CPU fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks of every case")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks where it helps")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--check", action="store_true", help="compare compiled blocks with eager ones")
     parser.add_argument("--train", action="store_true", help="forward and backward of one block, checkpointed")

@@ -64,6 +64,23 @@ def test_steps_are_timed_side_by_side_and_drawn(tmp_path: Path, module: Any, mon
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_video_from_end_to_end(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    end_to_end = module("end_to_end")
+    ways = ("--steps", "2", "--total-steps", "10", "--decode", "tiled-fp32,auto-bf16")
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *TINY, *ways])
+    end_to_end.main()
+    tiled, whole = records(capsys.readouterr().out)
+    assert (tiled["decoded"], whole["decoded"]) == ("tiled, float32", "whole, bfloat16")
+    for line in (tiled, whole):
+        assert line["finite"]
+        assert line["decode_finite"]
+        assert (line["start"], line["layers"], line["recompiled"]) == ("only", 10, 0)
+        assert line["total_is"] == "extrapolated from 2 steps"
+        assert line["step_s"] == pytest.approx(sum(line["steps_s"]) / 2, rel=1e-3)
+        assert line["total_s"] == pytest.approx(line["text_s"] + 10 * line["step_s"] + line["decode_s"], rel=1e-3)
+        assert line["decode_share"] == pytest.approx(line["decode_s"] / line["total_s"], rel=1e-3)
+
+
 def test_operations_agree_with_float64(
     module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
