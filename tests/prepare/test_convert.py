@@ -1,6 +1,7 @@
 """Converting: every format into every other and back is exact."""
 
 import itertools
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ospnext.assemble import ModelConfig
 from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import TARGETS, save_transformer
+from ospnext.cli import main
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.prepare.convert import ConvertConfig, convert, run
 
@@ -84,3 +86,25 @@ def test_bad_weights_and_places_leave_nothing_behind(model, tmp_path: Path) -> N
         convert(tmp_path / "z", tmp_path / "z", "osp", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt", "z"]
     load(tmp_path / "z")
+
+
+@pytest.mark.parametrize(("name", "to"), [("y", "osp"), ("y.bin", "osp"), ("y.pt", "pt"), ("y.safetensors", "pt")])
+def test_a_full_disk_is_said_of_what_is_written_and_leaves_nothing(model, tmp_path: Path, name: str, to: str) -> None:
+    save_transformer(model, tmp_path / "x", "osp")
+    (tmp_path / "out").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"out.*cannot be written") as caught:
+            convert(tmp_path / "x", tmp_path / "out" / name, to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(model, tmp_path: Path, capsys) -> None:
+    save_transformer(model, tmp_path / "x", "osp")
+    for words in (["/proc/x.pt", "--to", "pt"], ["/proc/x", "--to", "osp"]):
+        assert main(["convert", str(tmp_path / "x"), *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -118,6 +118,7 @@ def test_the_command_prints_tables_or_json(capsys: pytest.CaptureFixture[str]) -
         ([], "config is missing"),
         (["none.yaml"], "No such file"),
         ([str(GENERATE), "num_framse=17"], "unknown key 'num_framse'; did you mean 'num_frames'"),
+        ([str(GENERATE), "world=1000000000000"], "less than or equal to 100000"),
         ([str(GENERATE), "accelerator=h1000"], "use one of h100"),
         ([str(GENERATE), "world=0"], "world"),
         ([str(GENERATE), "optimizer_config.lr=1"], "say for=train or for=generate"),

@@ -185,6 +185,12 @@ def test_a_place_that_is_no_folder_is_one_clear_line(tmp_path):
         make_state().save(tmp_path / "file")
 
 
+def test_files_can_be_read_by_others_as_all_new_files_are(saved, tmp_path):
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (saved / "iter_000000005").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_the_record_is_plain(saved):
     record = json.loads((saved / "iter_000000005/state.json").read_text())
     assert record == {"step": 5, "ema_updates": 5, "modules": ["net"]}

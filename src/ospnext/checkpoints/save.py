@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
@@ -77,7 +78,7 @@ def write_checkpoint(
     with _new_folder(target) as folder:
         config = write_settings(source.settings, to)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_shards(source, folder, name_map(to), max_shard_size)
+        _write_shards(source, folder, target, name_map(to), max_shard_size)
 
 
 def check_target(path: Path, to: str, overwrite: bool) -> None:
@@ -138,15 +139,14 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_size: int) -> list[
     return shards
 
 
-def _write_shards(source: Source, folder: Path, name_of: NameMap, max_shard_size: int) -> None:
+def _write_shards(source: Source, folder: Path, target: Path, name_of: NameMap, max_shard_size: int) -> None:
     shards = plan_shards(source.tensors, max_shard_size)
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         file = f"{_STEM}{part}.safetensors"
         state = {name_of(name): source.get(name).to("cpu").contiguous() for name in names}
-        save_file(state, folder / file, metadata={"format": "pt"})
-        let_others_read(folder / file)
+        _write(state, folder / file, target)
         places |= dict.fromkeys(state, file)
     if len(shards) > 1:
         total = sum(info.nbytes for info in source.tensors.values())
@@ -160,14 +160,31 @@ def _write_file(source: Source, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {native_name(name): source.get(name).to("cpu").contiguous() for name in source.tensors}
     try:
-        if path.suffix == ".safetensors":
-            save_file(state, partial, metadata={"format": "pt"})
-        else:
-            torch.save(state, partial)
-        let_others_read(partial)
+        _write(state, partial, path, _save_safely if path.suffix == ".safetensors" else torch.save)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _save_safely(state: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors, marked as transformers and diffusers want it."""
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _write(
+    state: dict[str, torch.Tensor], path: Path, target: Path, save: Callable[..., object] = _save_safely
+) -> None:
+    """Tensors to a new file that will be ``target`` or part of it; ``save`` gives it its format.
+
+    Raises:
+        CheckpointError: it cannot be written; names ``target``.
+    """
+    try:
+        save(state, path)
+        let_others_read(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{target}: cannot be written, is there room? ({reason})") from error
 
 
 @contextmanager

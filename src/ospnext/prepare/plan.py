@@ -33,7 +33,11 @@ class PlanConfig(Config):
         None, alias="for", description="the command the file is for; default: told by its keys"
     )
     world: int | None = Field(
-        None, ge=1, strict=False, description="devices; default: fsdp_size times ddp_size where the file says, else 1"
+        None,
+        ge=1,
+        le=10**5,
+        strict=False,
+        description="devices; default: fsdp_size times ddp_size where the file says, else 1",
     )
     accelerator: str = Field("h100", description="h100 | h200 | a100 | rtx4090 | ascend910b")
     videos: int = Field(1, ge=1, strict=False, description="videos of a generate run: what its meshes are sorted for")

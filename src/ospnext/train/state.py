@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ospnext.checkpoints.save import let_others_read
 from ospnext.train.optim import MovingAverage
 
 _SUFFIXES = ("", ".ema")  # of the files of a module: its weights, and their average
@@ -118,7 +119,9 @@ class TrainState:
         for name in self.modules:
             for suffix, tensors in zip(_SUFFIXES, (self._parameters(), self.average.shadow), strict=True):
                 own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-                save_file({k: t.detach().contiguous() for k, t in own.items()}, folder / f"{name}{suffix}.safetensors")
+                path = folder / f"{name}{suffix}.safetensors"
+                save_file({k: t.detach().contiguous() for k, t in own.items()}, path)
+                let_others_read(path)
         state = {"optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state()}
         torch.save(state, folder / "optimiser.pt")
         record = {"step": self.step, "ema_updates": self.average.updates, "modules": list(self.modules)}
