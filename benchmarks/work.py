@@ -1,12 +1,14 @@
 """The work of one forward pass: networks, videos, the products and attentions in them, their FLOPs and their floor.
 
 The floor is what a step would take if its products and attentions ran at the rates measured here for those very
-shapes and everything else were free.
+shapes and everything else were free. Rates are sustained ones: each operation runs alone for a while before it is
+timed, until the device draws the power, and so has the clock, that it settles at.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +155,9 @@ class Floor(NamedTuple):
         return self.attention + self.linears
 
 
+_SETTLING_MS = 1000.0
+
+
 class Ceilings:
     """Milliseconds of every product and attention at the rate of this device, measured once each when first asked."""
 
@@ -166,6 +171,12 @@ class Ceilings:
             self._ms[op] = self._measure(op)
         return self._ms[op]
 
+    def _time(self, call: Callable[[], Any]) -> float:
+        if self.device.type == "cpu":
+            return time_calls(call, self.device).ms
+        once = time_calls(call, self.device, warmup=1, repeats=1).ms
+        return time_calls(call, self.device, warmup=ceil(_SETTLING_MS / once), repeats=max(7, ceil(200 / once))).ms
+
     @torch.no_grad()
     def _measure(self, op: Product | SoftmaxAttention) -> float:
         def random(*shape: int) -> torch.Tensor:
@@ -173,9 +184,9 @@ class Ceilings:
 
         if isinstance(op, Product):
             x, weight, bias = random(op.rows, op.inputs), random(op.outputs, op.inputs), random(op.outputs)
-            return time_calls(lambda: F.linear(x, weight, bias), self.device).ms
+            return self._time(lambda: F.linear(x, weight, bias))
         q, k, v = (random(op.batch, n, op.heads, op.head_dim) for n in (op.queries, op.keys, op.keys))
-        return time_calls(lambda: attend(q, k, v, kernel=self.kernel), self.device).ms
+        return self._time(lambda: attend(q, k, v, kernel=self.kernel))
 
     def records(self) -> list[dict[str, Any]]:
         """What has been measured so far."""

@@ -34,6 +34,7 @@ from ospnext.generate.sources import DECODING, Plan, load_pipeline, make_plan
 from ospnext.media import video_grid, write_video
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
 from ospnext.ops.attention import describe_kernel
+from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout, block_layouts
 
 GRID = "video_grid.mp4"
@@ -234,6 +235,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
             f"{name.replace('_', ' ')} {_short(dtype)}" for name, dtype in plan.dtypes._asdict().items()
         ),
         "attention": describe_kernel(config.attention_kernel, device, plan.dtypes.transformer),
+        "norms": describe_fused(device),
         "blocks": f"{dense} dense" + (sparse if layouts else ""),
         "size": f"{sampling.num_frames} frames of {sampling.width} x {sampling.height} at {config.save_fps:g} fps",
         "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps, shift {sampling.shift:g}",

@@ -126,7 +126,7 @@ def describe_fused(device: torch.device) -> str:
     """Which form runs when sampling on a device, for the report."""
     if device.type != "cuda":
         return "plain"
-    return "triton" if _TRITON else "plain, and slower: Triton is not installed"
+    return "triton, fused" if _TRITON else "plain, and slower: Triton is not installed"
 
 
 def _sampling(x: torch.Tensor) -> bool:
