@@ -133,5 +133,9 @@ def test_a_layer_in_a_linears_place_is_called() -> None:
         assert fused.linear_gelu(x, layer).equal(F.gelu(layer(x), approximate="tanh"))
 
 
-def test_the_report_names_what_runs() -> None:
+def test_the_report_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.describe_fused(torch.device("cpu")) == "plain"
+    monkeypatch.setattr(fused, "_TRITON", True)
+    assert fused.describe_fused(torch.device("cuda")) == "triton, fused"
+    monkeypatch.setattr(fused, "_TRITON", False)
+    assert "Triton is not installed" in fused.describe_fused(torch.device("cuda"))
