@@ -165,6 +165,10 @@ def _appearing(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say of which file
     finally:
         partial.unlink(missing_ok=True)
 
@@ -173,7 +177,7 @@ def _appearing(path: str | Path) -> Iterator[Path]:
 def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
     """The container at ``path``, with what FFmpeg says about a broken one as a ValueError."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream: give a video file")
             yield container

@@ -66,6 +66,21 @@ def _lie_in_avi(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _mislabel(path: Path) -> None:
+    """Give a Matroska file a title in GBK and a duration that is none."""
+    with av.open(str(path)) as source, av.open(str(path.with_suffix(".part")), "w", format="matroska") as target:
+        target.metadata["title"] = "TITLE"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    data = path.with_suffix(".part").read_bytes()
+    path.with_suffix(".part").unlink()
+    assert b"00:00:0" in data
+    path.write_bytes(data.replace(b"TITLE", b"\xc4\xe3\xba\xc3\xff").replace(b"00:00:0", b"soon:00"))
+
+
 _FAST = {"preset": "veryfast", "crf": "16", "threads": "1"}
 _H265 = {"preset": "ultrafast", "crf": "16", "x265-params": "log-level=none:pools=1:frame-threads=1:keyint=24"}
 _VP9 = {"crf": "20", "b": "0", "deadline": "realtime", "cpu-used": "8", "g": "24", "threads": "1"}
@@ -89,6 +104,8 @@ SOUND = (
     Clip("anamorphic.mp4", width=128, sample_aspect=Fraction(4, 3), options={**_FAST, "g": "24"}),
     Clip("audio.mp4", audio=True, options={**_FAST, "g": "24"}),
     Clip("ntsc.mp4", fps=30000 / 1001, options={**_FAST, "g": "24"}),
+    Clip("raw.h264", fps=25, options={**_FAST, "g": "24"}),
+    Clip("title.mkv", options={**_FAST, "g": "24"}, after=_mislabel),
     Clip("lying.avi", codec="mpeg4", options={"g": "12", "qscale": "2", "b:v": "2M"}, after=_lie_in_avi),
 )
 """Files of which every frame decodes."""

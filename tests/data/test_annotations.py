@@ -59,6 +59,14 @@ def test_index_allows_commas_comments_and_relative_names(tmp_path: Path) -> None
             list(read_index(index))
 
 
+def _nested(depth: int) -> object:
+    """A list of few objects whose text would have 2 to the ``depth`` brackets."""
+    value: object = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
@@ -73,6 +81,13 @@ def test_index_allows_commas_comments_and_relative_names(tmp_path: Path) -> None
         ({"path": "a", "resolution": [1080, 1920]}, "height and width"),
         ({"path": "a", "fps": float("inf")}, "fps"),
         ({"path": "a", "num_frames": float("inf")}, "num_frames"),
+        ({"path": "a", "num_frames": 10**400}, "num_frames"),
+        ({"path": "a", "fps": float("nan")}, "fps"),
+        ({"path": "a", "cut": [0, 1e300]}, "end of cut"),
+        ({"path": "a\0.mp4"}, "zero byte"),
+        ({"path": "\ud83d.mp4"}, "surrogate"),
+        ({"path": "a", "cap": ["fine", "half \ud83d"]}, "surrogate"),
+        ({"path": "a", "cap": _nested(60)}, "text or a list"),
     ],
 )
 def test_entries_that_cannot_be_used_are_named(entry: object, problem: str) -> None:
@@ -81,8 +96,30 @@ def test_entries_that_cannot_be_used_are_named(entry: object, problem: str) -> N
     assert problem in found.problem
 
 
-@pytest.mark.parametrize(("name", "text"), [("m.json", "[1,"), ("m.json", "{}"), ("m.jsonl", "{}\nx"), ("m.xml", "")])
-def test_damaged_tables_stop_the_build(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match="m\\."):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.json", b"[1,", "not valid JSON"),
+        ("m.json", b"", "not valid JSON"),
+        ("m.json", b"[" * 200_000, "brackets"),
+        ("m.json", b"[1" + b"0" * 5000 + b"]", "not valid JSON"),
+        ("m.json", b"{}", "is a list of clips"),
+        ("m.json", b"\xff\xfe", "UTF-8"),
+        ("m.jsonl", b"{}\n\nx", r"m\.jsonl:3: not valid JSON"),
+        ("m.csv", b"", "has no column"),
+        ("m.csv", b"\xff", "UTF-8"),
+        ("m.csv", b"path,cap\n" + b"x" * 200_000, "not a valid table"),
+        ("m.xml", b"", "is no folder"),
+    ],
+)
+def test_damaged_tables_stop_the_build(tmp_path: Path, name: str, text: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as caught:
         list(read_data(tmp_path / name))
+    assert "m." in str(caught.value)
+    index = tmp_path / "index.txt"
+    index.write_bytes(b"\x80")
+    with pytest.raises(ConfigError, match=r"index\.txt: not a text file"):
+        list(read_index(index))
+    with pytest.raises(ConfigError, match="no such folder"):
+        list(read_data(tmp_path / "nowhere"))

@@ -137,6 +137,64 @@ def test_save_path_may_end_in_lmdb_and_move_with_its_videos(tmp_path: Path, corp
     assert ClipStore(tmp_path / "there/clips.lmdb")[0].captions == ("a red star",)
 
 
+def test_names_of_every_kind(tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = tmp_path / "视频, two\nlines"
+    videos.mkdir()
+    names = [
+        "a, b.mp4",
+        "猫.mp4",
+        "e\u0301.mp4",
+        "\x1b[31mred.mp4",
+        "[bold]b.mp4",
+        os.fsdecode(b"gbk \xc3\xa8\xff.mp4"),
+    ]
+    for name in names:
+        os.link(corpus.path("h264.mp4"), videos / name)
+        (videos / name).with_suffix(".txt").write_text(f"caption of {name.encode(errors='replace')!r}")
+    (videos / "\x1b[2Jnothing.mp4").touch()
+    (videos / "folder.mp4").mkdir()
+    os.mkfifo(videos / "pipe.mp4")
+    os.symlink("nowhere", videos / "link.mp4")
+    os.symlink(videos, videos / "round")
+    save = tmp_path / "clips"
+    run(BuildConfig(data_path=str(videos), save_path=str(save), **EASY))
+    assert {Path(clip.path).name for clip in ClipStore(save)} == set(names)
+    assert {item["rule"] for item in left_out(save)} == {"empty", "unreadable", "missing"}
+    assert "\x1b[2J" not in capsys.readouterr().err
+    assert main(["data", "check", str(save)]) == 0
+
+
+def test_a_full_disk_says_which_file_and_leaves_the_old_store(tmp_path: Path, corpus: Corpus) -> None:
+    old, _ = build(tmp_path, [{"path": "h264.mp4", "cap": "a"}], corpus)
+    (tmp_path / "more.json").write_text('[{"path": "h265.mp4", "cap": "a"}]')
+    words = ["data", "build", f"data_path={tmp_path / 'more.json'}", f"videos_root={corpus.folder}"]
+    words += [f"save_path={tmp_path / 'clips'}", "min_hxw=1000", "sample_num_frames=17"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); "
+    program = f"{limit}from ospnext.cli import main; main({words!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "probes.jsonl: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ClipStore(tmp_path / "clips").fingerprint == old.fingerprint
+
+
+def test_no_clips_and_no_place_to_write_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "one.json").write_text('[{"path": "a.mp4", "cap": "a"}]')
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["data_path=none.json", "save_path=clips"], "describes no clips"),
+        (["data_path=one.json", "save_path=file"], "file: File exists"),
+        (["data_path=one.json", "save_path=file/clips"], "file/clips: Not a directory"),
+        (["data_path=nowhere", "save_path=clips"], "no such folder or table"),
+        (["ann_txt_path=nowhere", "save_path=clips"], "nowhere: No such file"),
+    ):
+        placed = [f"{key}={tmp_path / value}" for key, value in (word.split("=") for word in words)]
+        assert main(["data", "build", *placed]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "none.json", "one.json"]
+
+
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, corpus: Corpus) -> None:
     """Hundreds of files, killed in the middle: what was read is kept, the old store is whole, the next build ends."""
     videos = tmp_path / "videos"

@@ -56,6 +56,24 @@ def test_another_number_of_ranks_takes_the_very_next_clips(worlds: tuple[int, in
         assert head + tail == whole[: len(head) + len(tail)]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_any_history_of_ranks_takes_the_order_of_one(seed: int) -> None:
+    """Stopped anywhere, in any epoch, and gone on with other ranks and other batches, again and again."""
+    rng = np.random.default_rng(seed)
+    whole, _ = take(840, 6 * 840, batch_size=1, seed=seed)
+    order: list[tuple[int, int]] = []
+    progress = None
+    while len(order) < 4 * 840:
+        left = 840 - len(order) % 840
+        fitting = [(w, b) for w in range(1, 9) for b in range(1, 5) if left % (w * b) == 0]  # no end is left out
+        world, batch = fitting[rng.integers(len(fitting))]
+        steps = int(rng.integers(1, 2 * 840 // (world * batch)))
+        steps = min(steps, left // (world * batch)) if 840 % (world * batch) else steps
+        taken, progress = take(840, steps, progress, world, batch_size=batch, seed=seed)
+        order += taken
+    assert order == whole[: len(order)]
+
+
 def test_without_shuffle_clips_come_as_they_stand() -> None:
     assert [clip for _, clip in take(6, 6, shuffle=False)[0]] == [*range(6)] * 2
 

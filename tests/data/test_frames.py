@@ -20,7 +20,7 @@ def record(frames: int = 48, fps: float = 24, start: int = 0) -> ClipRecord:
 
 
 def all_frames(path: Path) -> list[np.ndarray]:
-    with av.open(str(path)) as file:
+    with av.open(str(path), metadata_errors="replace") as file:
         return [np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in file.decode(video=0)]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import lmdb
 import pytest
 from corpus import Corpus
-from PIL import Image
+from PIL import Image, ImageFont
 
 from ospnext.cli import main
+from ospnext.data.check import _lines
 from ospnext.data.importing import ImportConfig, run
 from ospnext.data.records import ClipRecord
 from ospnext.data.store import ClipStore, StoreError, write_store
@@ -70,9 +71,55 @@ def test_what_is_no_clip_is_refused(tmp_path: Path, value: Any) -> None:
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     mark = tmp_path / "was run"
     folder = pickled(tmp_path / "old.lmdb", [{**META, "cap": Evil(mark)}])
-    with pytest.raises(StoreError, match=r"asks for posix\.mkdir"):
+    with pytest.raises(StoreError, match="holds the instruction STACK_GLOBAL"):
         run(ImportConfig(src=str(folder), save_path=str(tmp_path / "new")))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pickle.dumps({**META, "cap": Evil(Path("x"))}, 0),
+        b"(S'x'\nios\nmkdir\n.",
+        b"\x82\x01.",  # the registry of extensions
+        b"Pabc\n.",  # an object from outside
+        b"\x80\x02}(U\x01aK\x01ub}b.",  # set the state of an object
+        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",  # so many bytes
+        b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"x.",  # so many digits
+        b"\x80\x02}r" + (2**28).to_bytes(4, "little") + b".",  # a memory of gigabytes
+        b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.",  # a key whose hash takes for ever
+        b"\x80\x02]" + b"2\x86" * 60 + b".",  # a list whose text takes for ever
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"}.",
+        b"}" * 1000,
+        pickle.dumps({**META, "num_frames": 10**400}),
+        pickle.dumps({**META, "num_frames": -4}),
+        pickle.dumps({**META, "start_frame_idx": [1]}),
+        pickle.dumps({**META, "start_frame_idx": float("nan")}),
+        pickle.dumps({**META, "fps": -24}),
+        pickle.dumps({**META, "crop": [0, 9999, 0, 1]}),
+        pickle.dumps({**META, "path": b"/v/a.mp4"}),
+        pickle.dumps({**META, "cap": "half \ud83d"}),
+    ],
+)
+def test_hostile_pickles_end_in_one_line(tmp_path: Path, value: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pickled(tmp_path / "old.lmdb", [META, value])
+    assert main(["data", "import", str(folder), str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "000000000001" in line
+    assert len(line) < 500
+    assert not (tmp_path / "new").exists()
+
+
+def test_import_never_writes_over_what_it_reads(tmp_path: Path) -> None:
+    folder = pickled(tmp_path / "old.lmdb", [META])
+    before = (folder / "data.mdb").read_bytes()
+    with pytest.raises(StoreError, match="name another folder"):
+        run(ImportConfig(src=str(folder), save_path=str(folder)))
+    assert (folder / "data.mdb").read_bytes() == before
+    run(ImportConfig(src=str(folder), save_path=str(tmp_path / "new")))
+    with pytest.raises(StoreError, match="already"):
+        run(ImportConfig(src=str(tmp_path / "new"), save_path=str(tmp_path / "newer")))
 
 
 def test_check_draws_the_sound_and_names_the_damaged(
@@ -93,6 +140,17 @@ def test_check_draws_the_sound_and_names_the_damaged(
     assert "1 of 4 clips do not decode" in capsys.readouterr().err
 
 
+def test_captions_break_where_they_must() -> None:
+    font = ImageFont.load_default(11)
+    for text in ("word " * 300, "一只猫在跑步" * 100, "x" * 3000):
+        lines = _lines(text, font, 300, 4)
+        assert len(lines) == 4
+        assert lines[-1].endswith(" ...")
+        assert all(font.getlength(line) <= 300 for line in lines)
+    assert _lines("a  short\none", font, 300) == ["a short one"]
+    assert _lines("", font, 300) == []
+
+
 def moody(task: str) -> str:
     """Hangs, dies or answers, in another process."""
     if task == "hang":
@@ -101,17 +159,21 @@ def moody(task: str) -> str:
         os.abort()
     if task == "exit":
         sys.exit(3)
+    if task == "raise":
+        raise KeyError("lost")
     return task.upper()
 
 
 def test_a_worker_that_hangs_or_dies_costs_one_task() -> None:
-    tasks = ["a", "hang", "b", "die", "c", "exit", "d"]
+    tasks = ["a", "hang", "b", "die", "c", "exit", "raise", "d"]
     results = dict(run_tasks(moody, tasks, 2, 2.0))
     assert {task: result.reason for task, result in results.items() if isinstance(result, Failure)} == {
         "hang": "timeout",
         "die": "crash",
         "exit": "crash",
+        "raise": "crash",
     }
+    assert results["raise"] == Failure("crash", "KeyError: 'lost'")
     assert [results[task] for task in "abcd"] == ["A", "B", "C", "D"]
 
 

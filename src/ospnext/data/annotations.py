@@ -11,8 +11,8 @@ All tables have the same columns: the video, its caption or captions, and option
 
 import csv
 import json
-import math
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,13 @@ def read_index(path: str | Path, columns: Columns = Columns()) -> Iterator[Annot
         ConfigError: a line is none, or names a file that is not there or cannot be read.
         FileNotFoundError: there is no index.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     corpora = [
         _index_line(line, f"{path}:{number}", Path(path).absolute().parent)
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
+        for number, line in enumerate(lines, 1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     for root, table in corpora:
@@ -100,8 +104,7 @@ def read_data(
         columns: of a table.
 
     Raises:
-        ConfigError: it is neither, or cannot be read.
-        FileNotFoundError: there is nothing.
+        ConfigError: there is nothing, it is neither, or it cannot be read.
     """
     path = Path(path).absolute()
     if path.is_dir():
@@ -117,8 +120,8 @@ def read_table(path: Path, root: str | Path, columns: Columns = Columns()) -> It
     """All clips of a ``.json``, ``.jsonl``, ``.csv`` or ``.tsv`` file; relative paths begin at ``root``.
 
     Raises:
-        ConfigError: the file is none of these, is damaged, or has no column for the video or the caption.
-        FileNotFoundError: there is none.
+        ConfigError: there is no such file, it is none of these, is damaged, or has no column for the video or the
+            caption.
     """
     for source, values in _rows(path, columns):
         yield parse_entry(values, root, source, columns)
@@ -134,6 +137,7 @@ def parse_entry(values: Any, root: str | Path, source: str, columns: Columns = C
         if not isinstance(given, str) or not given.strip():
             raise ValueError(f"path is {_shown(given)}: it should name the video")
         shown = given
+        _require_file_name(given)
         resolution = values.get("resolution")
         resolution = _plain(resolution) or {}
         if not isinstance(resolution, Mapping):
@@ -187,27 +191,47 @@ def _read_folder(folder: Path) -> Iterator[Annotation | BadEntry]:
 def _rows(path: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
     """Each row of a table with the place it stands at."""
     suffix = path.suffix.lower()
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such folder or table")
     if suffix not in TABLES:
         raise ConfigError(f"{path}: is no folder and none of {', '.join(TABLES)}")
     try:
         with open(path, encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
             if suffix == ".json":
-                entries = json.load(file)
+                entries = _parsed(file.read(), str(path))
                 if not isinstance(entries, list):
                     raise ConfigError(f"{path}: holds {_shown(entries)}; a meta file is a list of clips")
                 yield from ((f"{path.name}[{i}]", entry) for i, entry in enumerate(entries))
             elif suffix == ".jsonl":
-                yield from ((f"{path.name}:{i}", json.loads(line)) for i, line in enumerate(file, 1) if line.strip())
+                for i, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path.name}:{i}", _parsed(line, f"{path}:{i}")
             else:
                 table = csv.DictReader(file, dialect="excel" if suffix == ".csv" else "excel-tab")
                 _check_header(path, table.fieldnames or (), columns)
                 yield from ((f"{path.name}:{table.line_num}", row) for row in table)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
     except csv.Error as error:
         raise ConfigError(f"{path}: not a valid table: {error}") from error
+
+
+def _parsed(text: str, place: str) -> Any:
+    """What JSON says; ``place`` names it in messages."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{place}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{place}: not valid JSON: brackets inside brackets without end") from error
+
+
+def _require_file_name(path: str) -> None:
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError(f"path is {_shown(path)}: no file has a zero byte in its name")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"path is {_shown(path)}: half of a surrogate pair, which is no Unicode") from error
 
 
 def _check_header(path: Path, header: Any, columns: Columns) -> None:
@@ -232,6 +256,8 @@ def _captions(value: Any) -> tuple[str, ...]:
     texts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"cap is {_shown(value)}: it should be a text or a list of texts")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise ValueError(f"cap is {_shown(value)}: half of a surrogate pair, which is no Unicode")
     return tuple(text.strip() for text in texts if text.strip())
 
 
@@ -241,7 +267,7 @@ def _plain(value: Any) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -249,7 +275,7 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
     value = _plain(values.get(key))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         raise ValueError(f"{key} is {_shown(value)}: it should be a number")
     return float(value)
 
@@ -259,8 +285,13 @@ def _whole(values: Mapping[str, Any], key: str) -> int | None:
     return None if value is None else _integer(value, key)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a computer counts with: neither infinite nor of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+
+
 def _integer(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or int(value) != value:
+    if not _is_number(value) or int(value) != value:
         raise ValueError(f"{what} is {_shown(value)}: it should be a whole number")
     return int(value)
 
@@ -284,5 +315,12 @@ def _crop(value: Any) -> Crop | None:
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    if value is None:
+        return "nothing"
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_HUGE = 2**63
+_REPR = reprlib.Repr()  # a list that holds the same list over and over has a text without end
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60

@@ -70,7 +70,8 @@ def run(config: BuildConfig) -> str:
     if config.measure_motion:
         require_opencv()
     folder, report = Path(config.save_path).absolute(), Report()
-    entries = list(_entries(config))
+    if not (entries := list(_entries(config))):
+        raise ConfigError(f"{config.ann_txt_path or config.data_path}: describes no clips")
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / "probes.jsonl") as journal:
         facts = _probe_all(sorted({e.path for e in entries if isinstance(e, Annotation)}), config, journal)
@@ -178,4 +179,6 @@ def progress(outcomes: Iterator[Outcome[T, R]], what: str, total: int) -> Iterat
     from rich.console import Console
     from rich.progress import track
 
-    return iter(track(outcomes, f"{what}:", total, console=Console(stderr=True), transient=True, disable=not total))
+    console = Console(stderr=True)
+    hidden = not total or not console.is_terminal
+    return iter(track(outcomes, f"{what}:", total, console=console, transient=True, disable=hidden))

@@ -2,13 +2,15 @@
 
     ospnext data check data/clips num_clips=32 seed=1
 
-Of each clip the first, the middle and the last frame are read and its size is held against the store. What a picture
-cannot show is said in words; a clip that does not decode makes the command fail, after the sheet is written.
+The store itself is held against its fingerprint. Of each clip in the sample every frame is decoded; the first, the
+middle and the last are drawn, and their size is held against the store. A clip that does not decode stands first in the
+sheet and makes the command fail.
 """
 
-import textwrap
+from bisect import bisect_right
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -22,8 +24,21 @@ from ospnext.data.store import ClipStore, StoreError
 from ospnext.data.workers import Failure, default_workers, run_tasks
 from ospnext.media import contact_sheet
 
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 TILE = (240, 160)  # pixels of one frame in the sheet: width, height
+_MOST_ROWS = 200  # of the sheet; those that failed first
 _LINES, _LINE = 3, 14  # of a caption, and pixels of one
+_FONTS = (  # that know Chinese, as systems name them; the one that Pillow brings knows Latin letters only
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "PingFang.ttc",
+    "msyh.ttc",
+    "Arial Unicode.ttf",
+)
 
 
 class CheckConfig(Config):
@@ -45,15 +60,27 @@ def run(config: CheckConfig) -> str:
         OSError: the sheet cannot be written.
     """
     store = ClipStore(config.store)
+    if not store.is_whole():
+        raise StoreError(
+            f"{store.path}: its clips are not those that were written (another fingerprint): build it again"
+        )
     chosen = np.random.default_rng(config.seed).permutation(len(store))[: config.num_clips]
     clips = [store[int(i)] for i in sorted(chosen)]
     outcomes = run_tasks(thumbnails, clips, config.workers or default_workers(), config.timeout)
-    found = dict(progress(outcomes, "decoding clips", len(clips)))
+    drawn: dict[ClipRecord, Thumbnails | Failure] = {}
+    failed: dict[ClipRecord, Failure] = {}
+    for clip, result in progress(outcomes, "decoding clips", len(clips)):
+        if isinstance(result, Failure):
+            failed[clip] = result
+        elif len(drawn) < _MOST_ROWS:
+            drawn[clip] = result
     sheet = Path(config.output) if config.output else store.path / "check.png"
-    contact_sheet(np.concatenate([_row(clip, found[clip]) for clip in clips]), sheet, columns=3)
-    failures = [f"{clip.path} ({f.reason}: {f.detail})" for clip in clips if isinstance(f := found[clip], Failure)]
-    if failures:
-        raise StoreError(f"{len(failures)} of {len(clips)} clips do not decode: {'; '.join(failures[:5])}; see {sheet}")
+    order = {clip: place for place, clip in enumerate(clips)}
+    rows = [*sorted(failed.items(), key=lambda item: order[item[0]]), *sorted(drawn.items(), key=lambda i: order[i[0]])]
+    contact_sheet(np.stack([_row(clip, found) for clip, found in rows[:_MOST_ROWS]]), sheet, columns=1)
+    if failed:
+        named = "; ".join(f"{clip.path} ({found.reason}: {found.detail})" for clip, found in list(failed.items())[:5])
+        raise StoreError(f"{len(failed)} of {len(clips)} clips do not decode: {named}; see {sheet}")
     return f"{len(clips)} of {len(store)} clips were decoded, all are sound; see {sheet}"
 
 
@@ -95,18 +122,44 @@ def _thumbnail(frame: np.ndarray, rotation: int, clip: ClipRecord) -> np.ndarray
 
 
 def _row(clip: ClipRecord, found: Thumbnails | Failure) -> np.ndarray:
-    """Three tiles with a line on the file below the first, and the first caption below all: uint8 [3, H, W, 3]."""
+    """Three tiles with a line on the file below the first, and the first caption below all: uint8 [H, W, 3]."""
     width, height = TILE
     strip = Image.new("RGB", (3 * width, height + (_LINES + 1) * _LINE), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(strip), _font(11)
     if isinstance(found, Failure):
-        draw.multiline_text((4, 4), textwrap.fill(f"{found.reason}: {found.detail}", 90), fill="#b00020", font=font)
+        for line, words in enumerate(_lines(f"{found.reason}: {found.detail}", font, 3 * width - 8, height // _LINE)):
+            draw.text((4, 4 + line * _LINE), words, fill="#b00020", font=font)
     else:
         for place, frame in enumerate(found.frames):
             strip.paste(Image.fromarray(frame), (place * width, 0))
     facts = f"{Path(clip.path).name}  [{clip.start}, {clip.start + clip.num_frames})  {clip.width} x {clip.height}"
     draw.text((4, height), f"{facts}  {clip.fps:.4g} fps  {len(clip.captions)} captions", fill="#555555", font=font)
-    text = textwrap.wrap(clip.captions[0] if clip.captions else "no caption", 110, max_lines=_LINES, placeholder=" ...")
-    for line, words in enumerate(text, 1):
+    for line, words in enumerate(_lines(clip.captions[0] if clip.captions else "no caption", font, 3 * width - 8), 1):
         draw.text((4, height + line * _LINE), words, fill="black", font=font)
-    return np.stack(np.split(np.asarray(strip), 3, axis=1))
+    return np.asarray(strip)
+
+
+def _lines(text: str, font: Font, width: int, most: int = _LINES) -> list[str]:
+    """``text`` in lines of at most ``width`` pixels, broken at spaces where there are some (Chinese has none)."""
+    lines: list[str] = []
+    rest = " ".join(text[:2000].split())
+    while rest and len(lines) < most:
+        fits = bisect_right(range(1, len(rest) + 1), width, key=lambda count: font.getlength(rest[:count])) or 1
+        if fits < len(rest) and (space := rest.rfind(" ", fits // 2, fits + 1)) > 0:
+            fits = space
+        lines.append(rest[:fits])
+        rest = rest[fits:].lstrip()
+    if rest:
+        lines[-1] = lines[-1][:-4] + " ..."
+    return lines
+
+
+@cache
+def _font(size: int) -> Font:
+    """The first of ``_FONTS`` that is installed, else the one that Pillow brings."""
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)

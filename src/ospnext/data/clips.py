@@ -50,7 +50,7 @@ def clip_of(entry: Annotation, found: FileFacts) -> ClipRecord | LeftOut:
         detail = f"[{entry.start}, {end}) of a file of {found.num_frames} frames"
         return LeftOut(entry.path, entry.source, "cut", detail)
     crop = entry.crop
-    if crop and not (0 <= crop.x0 < crop.x1 <= found.width and 0 <= crop.y0 < crop.y1 <= found.height):
+    if crop and not crop.fits(found.height, found.width):
         detail = f"{list(crop)} of a picture of {found.width} x {found.height}"
         return LeftOut(entry.path, entry.source, "crop", detail)
     return ClipRecord(

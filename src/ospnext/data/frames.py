@@ -95,7 +95,7 @@ def decode(
         stream.codec_context.thread_count = threads
         stream.codec_context.thread_type = "AUTO"
         clock = _Clock(deadline)
-        table = _packet_table(container, stream, clock)
+        table = _packet_table(path, container, stream, clock)
         if wanted[-1] >= len(table):
             raise ProbeError("truncated", f"frame {wanted[-1]} is wanted, {len(table)} are there")
         run = _read_run(container, stream, table, wanted, clock)
@@ -146,17 +146,20 @@ class _Run(NamedTuple):
     first: int
 
 
-def _packet_table(container: av.container.InputContainer, stream: av.VideoStream, clock: _Clock) -> list[_Entry]:
-    """Every packet that shows a frame, in the order of decoding."""
+def _packet_table(
+    path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream, clock: _Clock
+) -> list[_Entry]:
+    """Every packet that shows a frame, in the order of decoding; ``container`` is left where it was."""
     entries = stream.index_entries
     if "mp4" in container.format.name and stream.frames and len(entries) >= stream.frames:
         return [_Entry(e.pos, e.timestamp, e.is_keyframe) for e in entries if not e.is_discard]
     table = []
-    for packet in container.demux(stream):
-        clock.check()
-        if packet.size and not packet.is_discard:
-            table.append(_Entry(packet.pos, packet.dts if packet.dts is not None else packet.pts, packet.is_keyframe))
-    container.seek(0)
+    with opened(path) as (whole, packets):  # some files cannot be wound back
+        for packet in whole.demux(packets):
+            clock.check()
+            if packet.size and not packet.is_discard:
+                when = packet.dts if packet.dts is not None else packet.pts
+                table.append(_Entry(packet.pos, when, packet.is_keyframe))
     return table
 
 
@@ -177,7 +180,8 @@ def _read_run(
             container.seek((table[key].time or 0) + delay, stream=stream, backward=True)
             if (run := _collect(container, stream, wanted, places, clock)) is not None:
                 return run
-    container.seek(min(0, start), stream=stream, backward=True)
+    if keys:
+        container.seek(min(0, start), stream=stream, backward=True)
     run = _collect(container, stream, wanted, None, clock)
     if run is None:
         raise ProbeError("undecodable", "no packet can be read")

@@ -6,6 +6,8 @@ took too long, a decoder that died, a file that was not there) is not kept.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, NamedTuple, Self
@@ -17,6 +19,15 @@ Found = FileFacts | Failure | float
 """What a file holds, why it cannot be used, or the motion of one of its clips."""
 
 _PASSING = ("timeout", "crash", "missing")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing ``path`` with its name: a full disk does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class FileKey(NamedTuple):
@@ -54,12 +65,13 @@ class Journal:
             with open(self._path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     self._read(line)
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")
         self._file.write("\n")  # after a line that was cut short
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
     def get(self, key: FileKey) -> Found | None:
         """What was found; None if the file was not read in this state."""
@@ -76,8 +88,9 @@ class Journal:
             entry = {"key": key, "facts": asdict(found)}
         else:
             entry = {"key": key, "motion": found}
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def _read(self, line: str) -> None:
         try:

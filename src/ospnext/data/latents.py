@@ -11,7 +11,8 @@ tokenizer. Files of other settings are never mixed, and training refuses a folde
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], fingerprint: str, said
     metadata = {"format": FORMAT, "version": str(VERSION), "fingerprint": fingerprint, "said": json.dumps(said)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
         partial.chmod(0o666 & ~_umask())
         _replace(partial, path)
     finally:
@@ -159,7 +163,7 @@ def read_said(path: Path, fingerprint: str | None = None) -> dict[str, Any] | No
         return None
     if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
         raise DataError(f"{path} was made with other settings: give another save_path, or remove the folder")
-    return json.loads(metadata["said"])
+    return json.loads(metadata["said"]) if metadata.get("format") == FORMAT else None
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -230,18 +234,27 @@ class LatentDataset(Dataset):
         table = np.array(index["clips"], dtype=np.int64).reshape(-1, 3)
         self.groups = [table[table[:, 1] == place, 0] for place in range(len(self.settings["buckets"]))]
         self._shard_of = {int(clip): int(shard) for clip, _, shard in table}
-        with safe_open(self.folder / EMPTY, "pt") as file:
+        with _reading(self.folder / EMPTY), safe_open(self.folder / EMPTY, "pt") as file:
             self.empty: Tensor = file.get_tensor("text")
 
     def __getitem__(self, draw: Draw) -> LatentSample:
         rng = np.random.default_rng([self.seed, *draw[:2]])
         name = self.shards[self._shard_of[draw.clip]]
-        with safe_open(self.folder / name, "pt") as file:
+        with _reading(self.folder / name), safe_open(self.folder / name, "pt") as file:
             texts = sorted(key for key in file.keys() if key.startswith(f"{draw.clip}.text."))  # noqa: SIM118
             which = choose(texts, rng, self.text_drop_ratio)
             text = self.empty if which is None else file.get_tensor(f"{draw.clip}.text.{which}")
             latents = file.get_tensor(f"{draw.clip}.latents.{draw.epoch % self.settings['windows']}")
         return LatentSample(latents.float(), text, draw.clip)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a missing or damaged file says, with the way out."""
+    try:
+        yield
+    except (FileNotFoundError, SafetensorError) as error:
+        raise DataError(f"{path}: missing or damaged ({error}): `ospnext data encode` makes it again") from error
 
 
 @dataclass(frozen=True)
@@ -275,7 +288,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{folder / INDEX}: not readable ({error}): encode the clips anew") from error
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
+    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
         raise DataError(f"{folder / INDEX}: not of this program's version {VERSION}: encode the clips anew")
     return index
 

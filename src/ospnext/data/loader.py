@@ -29,11 +29,12 @@ from ospnext.data.dataset import (
     ClipDataset,
     Collate,
     CollateFunction,
+    DataError,
     RandomDataset,
     SampleSettings,
 )
 from ospnext.data.sampler import Draw, Progress, Sampler
-from ospnext.data.store import ClipStore
+from ospnext.data.store import ClipStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,11 @@ class Loader:
         self.dataset, self.sampler, self.identity = dataset, sampler, identity
         self.statistics = Statistics()
         self.progress = sampler.start
-        self._arguments: dict[str, Any] = {"collate_fn": collate, "num_workers": num_workers, "pin_memory": pin_memory}
+        self._arguments: dict[str, Any] = {
+            "collate_fn": _Collated(collate),
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+        }
         self._arguments["generator"] = torch.Generator()  # else a number of the training's own would be drawn
         if num_workers:
             # A fork would inherit the accelerator's context and other threads' locks.
@@ -116,8 +121,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         """Batches from the present state on. Start anew after ``load_state_dict``; one iteration at a time."""
-        batches = DataLoader(self.dataset, batch_sampler=_Ahead(self.sampler, self.progress), **self._arguments)
-        for batch in batches:
+        ahead = _Ahead(self.sampler, self.progress)
+        for batch in DataLoader(_Attempts(self.dataset), batch_sampler=ahead, **self._arguments):
+            if isinstance(batch, Exception):
+                raise batch
             self.progress = self.sampler.step(self.progress).after
             self.statistics.add(batch)
             yield batch
@@ -138,6 +145,30 @@ class Loader:
                 "mean nothing; name the data of the first run, or start anew"
             )
         self.progress = self.sampler.load_state_dict(state)
+
+
+class _Attempts(Dataset):
+    """``dataset`` with errors of the data as values: what a worker raises comes with its whole traceback as text."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draw: Draw) -> Any:
+        try:
+            return self.dataset[draw]
+        except (DataError, StoreError, OSError) as error:
+            return error
+
+
+@dataclass(frozen=True)
+class _Collated:
+    """A batch, or the first error among the samples."""
+
+    collate: CollateFunction
+
+    def __call__(self, samples: list[Any]) -> Any:
+        error = next((sample for sample in samples if isinstance(sample, Exception)), None)
+        return self.collate(samples) if error is None else error
 
 
 class _Ahead:

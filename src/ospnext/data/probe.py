@@ -6,6 +6,7 @@ but it finds damage in the middle of a file too.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ def probe(path: str | os.PathLike[str], decode_all: bool = False) -> FileFacts:
     missing = (header.seconds - extent.seconds) * header.fps
     if header.seconds and missing > _ENDS_EARLY:
         raise ProbeError("truncated", f"{extent.seconds:.2f} of {header.seconds:.2f} s are there")
+    if not (fps := _rate(header.fps, extent)):
+        raise ProbeError("unreadable", "nothing in it says how fast its frames follow each other")
     height, width = display_size(header.height, header.width, header.sample_aspect, first.rotation)
-    return FileFacts(height, width, _rate(header.fps, extent), extent.frames, header.codec, header.pixels)
+    return FileFacts(height, width, fps, extent.frames, header.codec, header.pixels)
 
 
 def display_size(height: int, width: int, sample_aspect: Fraction | None, rotation: float) -> tuple[int, int]:
@@ -131,13 +134,15 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputCon
         ProbeError: it is unreadable, or holds no moving picture; also for what FFmpeg says inside the block.
     """
     try:
-        with av.open(os.fspath(path), options=_OPTIONS) as container:
+        with av.open(os.fspath(path), options=_OPTIONS, metadata_errors="replace") as container:
             attached = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & attached), None)
             if stream is None:
                 raise ProbeError("no_video", f"streams: {', '.join(s.type for s in container.streams) or 'none'}")
             stream.codec_context.thread_count = 1
             yield container, stream
+    except av.error.FileNotFoundError as error:
+        raise ProbeError("missing", error.strerror or "") from error
     except av.error.FFmpegError as error:
         stage = "undecodable" if "avcodec" in str(error.log or error) else "unreadable"
         raise ProbeError(stage, error.strerror or str(error)) from error
@@ -167,9 +172,9 @@ def _seconds(container: av.container.InputContainer, stream: av.VideoStream) -> 
     """How long the header says the pictures last, in seconds; 0 if it does not say."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
-    if "DURATION" in stream.metadata:  # Matroska: 00:00:02.000000000
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if said := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, said.groups())  # Matroska: 00:00:02.000000000
+        return hours * 3600 + minutes * 60 + seconds
     alone = len(container.streams) == 1
     return container.duration / av.time_base if alone and container.duration else 0.0
 

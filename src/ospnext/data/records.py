@@ -15,6 +15,10 @@ class Crop(NamedTuple):
     y0: int
     y1: int
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether it is a part of a picture of that size, and not an empty one."""
+        return 0 <= self.x0 < self.x1 <= width and 0 <= self.y0 < self.y1 <= height
+
 
 @dataclass(frozen=True)
 class ClipRecord:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ospnext.data.filters import RULES
+from ospnext.data.journal import naming
 from ospnext.data.probe import FAULTS
 from ospnext.data.records import ClipRecord
 
@@ -144,11 +145,16 @@ def print_report(report: Report) -> None:
         ("quarantined", report.quarantined, FAULTS),
     ):
         for rule, tally in _ordered(group, meanings):
-            table.add_row(str(tally.count), f"{title}: {rule}", escape(tally.examples[0]))
+            table.add_row(str(tally.count), f"{title}: {rule}", escape(_printable(tally.examples[0])))
     table.add_row(str(report.kept), "kept", f"{report.seconds / 3600:.2f} hours")
     for fact, tally in report.corrected.items():
-        table.add_row(str(tally.count), f"corrected: {fact}", escape(tally.examples[0]))
+        table.add_row(str(tally.count), f"corrected: {fact}", escape(_printable(tally.examples[0])))
     Console(highlight=False, stderr=True).print(table)
+
+
+def _printable(text: str) -> str:
+    """``text`` without signs that would steer the terminal; a file may have them in its name."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def write_report(report: Report, folder: Path, fingerprint: str | None, settings: Mapping[str, Any]) -> None:
@@ -162,7 +168,8 @@ def write_report(report: Report, folder: Path, fingerprint: str | None, settings
     if report.kept:
         partial = folder / f".report.png.{os.getpid()}"
         try:
-            _picture(report).save(partial, format="PNG")
+            with naming(folder / "report.png"):
+                _picture(report).save(partial, format="PNG")
             os.replace(partial, folder / "report.png")
         finally:
             partial.unlink(missing_ok=True)
@@ -173,7 +180,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of ``path`` when the block ends, and leaves it alone when it fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with naming(path), open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         os.replace(partial, path)
     finally:

@@ -19,7 +19,7 @@ from ospnext.data.records import ClipRecord
 FORMAT = "ospnext clips"
 VERSION = 1
 FILE = "data.mdb"
-_META = b"meta"
+META = b"meta"
 _BATCH = 4096  # clips in one transaction
 _FIRST_SIZE = 2**24  # bytes the map starts with; it doubles when it is full
 _ENVIRONMENTS: dict[tuple[int, int, int], lmdb.Environment] = {}  # by process and file
@@ -61,7 +61,10 @@ class ClipStore:
         raw = self._get(_key(i % self._length))
         if raw is None:
             raise StoreError(f"{self.path}: clip {i} is not there: build it again with `ospnext data build`")
-        record = ClipRecord.from_json(json.loads(raw))
+        try:
+            record = ClipRecord.from_json(json.loads(raw))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StoreError(f"{self.path}: clip {i} is damaged ({error}): build the store again") from error
         if os.path.isabs(record.path):
             return record
         return ClipRecord.from_json({**record.to_json(), "path": os.path.normpath(self.path / record.path)})
@@ -69,25 +72,36 @@ class ClipStore:
     def __iter__(self) -> Iterator[ClipRecord]:
         return (self[i] for i in range(self._length))
 
+    def is_whole(self) -> bool:
+        """Whether the clips are those of the fingerprint; reads all of them."""
+        digest = hashlib.sha256()
+        for i in range(self._length):
+            digest.update((self._get(_key(i)) or b"") + b"\n")
+        return digest.hexdigest() == self.fingerprint
+
     def _get(self, key: bytes) -> bytes | None:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = _open(self.path)
             if hasattr(self, "fingerprint") and self._meta()["fingerprint"] != self.fingerprint:
                 raise StoreError(f"{self.path}: was replaced by another store while it was in use: start again")
-        with self._opened[1].begin() as transaction:
-            return transaction.get(key)
-
-    def _meta(self) -> dict[str, Any]:
         try:
-            raw = self._get(_META)
+            with self._opened[1].begin() as transaction:
+                return transaction.get(key)
         except lmdb.Error as error:
             raise StoreError(f"{self.path}: no readable LMDB ({error}): build it again") from error
+
+    def _meta(self) -> dict[str, Any]:
+        raw = self._get(META)
         if raw is None:
             raise StoreError(
                 f"{self.path}: no store of this program; read a store of OSP-Next's filter with `ospnext data import`"
             )
-        meta = json.loads(raw)
-        if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        meta = _mapping(raw)
+        if (
+            meta.get("format") != FORMAT
+            or meta.get("version") != VERSION
+            or not {"count", "fingerprint"} <= meta.keys()
+        ):
             raise StoreError(
                 f"{self.path}: is {meta.get('format')!r} of version {meta.get('version')}, but version {VERSION} of "
                 f"{FORMAT!r} is read here: build it again with `ospnext data build`"
@@ -102,8 +116,39 @@ def _open(folder: Path) -> tuple[int, lmdb.Environment]:
     for inherited in [other for other in _ENVIRONMENTS if other[0] != key[0]]:
         _ENVIRONMENTS.pop(inherited).close()
     if key not in _ENVIRONMENTS:
-        _ENVIRONMENTS[key] = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
+        _ENVIRONMENTS[key] = open_whole(folder)
     return key[0], _ENVIRONMENTS[key]
+
+
+def open_whole(folder: Path) -> lmdb.Environment:
+    """The LMDB in ``folder``, to read. What lies behind the end of a truncated file would end the process (SIGBUS).
+
+    Raises:
+        StoreError: it is none, or its end is missing.
+    """
+    try:
+        environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise StoreError(f"{folder}: no readable LMDB ({error}): build it again") from error
+    there, needed = os.path.getsize(folder / FILE), _size(environment)
+    if there < needed:
+        environment.close()
+        raise StoreError(f"{folder / FILE}: truncated, {there} of {needed} bytes are there: build or copy it again")
+    return environment
+
+
+def _size(environment: lmdb.Environment) -> int:
+    """Bytes of a file that holds every page in use."""
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+
+
+def _mapping(raw: bytes) -> dict[str, Any]:
+    """The mapping that JSON holds; an empty one where it holds none."""
+    try:
+        values = json.loads(raw)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def find_store(path: str | Path) -> Path:
@@ -138,7 +183,12 @@ def write_store(folder: str | Path, records: Iterable[ClipRecord], absolute: boo
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{FILE}.{os.getpid()}"
     try:
-        fingerprint = _write(partial, _values(records, None if absolute else folder))
+        try:
+            fingerprint = _write(partial, _values(records, None if absolute else folder))
+        except lmdb.Error as error:
+            raise OSError(
+                f"{folder}: the store cannot be written ({error}); the one that was there is whole"
+            ) from error
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, folder / FILE)
@@ -152,7 +202,8 @@ def _values(records: Iterable[ClipRecord], start: Path | None) -> Iterator[bytes
         values = record.to_json()
         if start is not None:
             values["path"] = os.path.relpath(record.path, start)
-        yield json.dumps(values, ensure_ascii=False, sort_keys=True).encode()
+        # A file name that is not UTF-8 holds surrogates, which JSON writes as backslash, u and four digits.
+        yield json.dumps(values, ensure_ascii=False, sort_keys=True).encode(errors="backslashreplace")
 
 
 def _write(file: Path, values: Iterable[bytes]) -> str:
@@ -167,8 +218,10 @@ def _write(file: Path, values: Iterable[bytes]) -> str:
                 _put(environment, batch)
                 batch = []
         meta = {"format": FORMAT, "version": VERSION, "count": count, "fingerprint": digest.hexdigest()}
-        _put(environment, [*batch, (_META, json.dumps(meta).encode())])
+        _put(environment, [*batch, (META, json.dumps(meta).encode())])
         environment.sync(True)
+        if os.path.getsize(file) < (whole := _size(environment)):
+            os.truncate(file, whole)  # pages at the end that were never needed; see ``open_whole``
     return digest.hexdigest()
 
 

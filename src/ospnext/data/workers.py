@@ -35,7 +35,7 @@ def run_tasks(function: Callable[[T], R], tasks: Iterable[T], workers: int, time
     """Call ``function`` on each task in ``workers`` processes; outcomes come as they are ready, in no order.
 
     Args:
-        function: of a module, so that another process can import it. What it raises ends its process: a crash.
+        function: of a module, so that another process can import it. What it raises counts as a crash.
         tasks: are drawn as processes become free.
         workers: processes at work at once; none is started before there is a task for it.
         timeout: seconds a task may take before its process is ended.
@@ -125,4 +125,8 @@ def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(function(task))
+        try:
+            answer = function(task)
+        except Exception as error:  # of any kind: it is told with the task's name, and the next task comes
+            answer = Failure("crash", f"{type(error).__name__}: {error}")
+        connection.send(answer)

@@ -292,4 +292,6 @@ def _progress(numbers: list[int]) -> Iterator[int]:
     from rich.console import Console
     from rich.progress import track
 
-    return iter(track(numbers, "encoding shards:", console=Console(stderr=True), transient=True, disable=not numbers))
+    console = Console(stderr=True)
+    hidden = not numbers or not console.is_terminal
+    return iter(track(numbers, "encoding shards:", console=console, transient=True, disable=hidden))
