@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from ospnext.assemble import RunConfig
 from ospnext.cli import COMMANDS
 from ospnext.config import Config, Fate, config_keys
 from ospnext.config_keys import key_rules
+from ospnext.sections import RunConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 INTRODUCTION = """\

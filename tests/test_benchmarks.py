@@ -124,6 +124,41 @@ def test_a_case_that_fails_is_reported_and_the_rest_goes_on(
     assert ours["speedup"] is None
 
 
+def scaling(*options: str) -> list[dict[str, Any]]:
+    """The lines of the benchmark of many devices, on two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, str(BENCHMARKS / "scaling.py"), *TINY, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return records(done.stdout)
+
+
+def test_many_devices_are_timed_beside_one() -> None:
+    one, sparse, guided = scaling("--layers", "5", "--meshes", "one,1x2x1,2x1x1", "--repeats", "2")
+    assert [line["mesh"] for line in (one, sparse, guided)] == ["one", "1x2x1", "2x1x1"]
+    assert [line["collectives"] for line in (one, sparse, guided)] == [
+        0,
+        4 + 2 * 2 + 1,
+        1,
+    ]  # switches, two in each dense block, the output
+    assert sparse["sent_mb"] > 0
+    assert guided["sent_mb"] == pytest.approx(16 * 2 * 10 * 14 * 4 / 1e6, rel=1e-3), "one velocity, float32"
+    assert max(sparse["error_to_one"], guided["error_to_one"]) < 1e-6
+    for line in (sparse, guided):
+        assert line["exposed_ms"] == pytest.approx(line["ms"] - line["without_exchanges_ms"], abs=0.01)
+        assert line["speedup"] == pytest.approx(one["ms"] * line["passes"] / line["ms"], rel=1e-3)
+
+
+@pytest.mark.long
+def test_gradients_of_many_devices_are_held_to_one() -> None:
+    one, *meshes = scaling("--check-gradients")
+    assert one["mesh"] == "one"
+    assert [line["mesh"] for line in meshes] == ["1x1x2", "1x2x1"]
+    for line in meshes:
+        assert line["parameters"] == 285
+        assert max(line["worst_error"], line["loss_error"]) < 1e-5
+
+
 def test_fewer_layers_keep_the_share_of_dense_ones(module: Any) -> None:
     network = module("work").NETWORKS["14b"]
     assert network.depths() == [5, 10, 15, 20, 25, 30, 35, 40]

@@ -6,7 +6,6 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from ospnext.assemble import AttentionKernel, DType, ModelConfig, RunConfig
 from ospnext.config import (
     Config,
     ConfigError,
@@ -24,6 +23,7 @@ from ospnext.config import (
 from ospnext.device import resolve_dtype
 from ospnext.generate.settings import WAN_SAMPLING, GenerateConfig, SamplerConfig, read_prompts
 from ospnext.ops.attention import available_kernels
+from ospnext.sections import AttentionKernel, DType, ModelConfig, RunConfig
 from ospnext.train.settings import TrainConfig
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from ospnext.assemble import RunConfig
 from ospnext.config import Config, ConfigError, Fate, config_keys, load_config, read_yaml
 from ospnext.config_keys import key_rules
 from ospnext.generate.settings import GenerateConfig, read_prompts
+from ospnext.sections import RunConfig
 from ospnext.train.settings import TrainConfig
 
 DATA = Path(__file__).parent / "data"

@@ -196,8 +196,8 @@ def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
         ConfigError: a word, key or value that does not belong.
         FileNotFoundError: the YAML file does not exist.
     """
-    from ospnext.assemble import RunConfig
     from ospnext.config_keys import key_rules
+    from ospnext.sections import RunConfig
 
     parser = _Parser(prog=f"ospnext {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")

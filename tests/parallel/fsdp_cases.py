@@ -79,7 +79,7 @@ def bytes_read(rank: int, path: Path, copies: Copies) -> tuple[int, int]:
 def check_fresh(rank: int, setting: Setting, reshard: bool | None) -> None:
     """A model that has sampled samples with new weights once they are changed."""
     model = setting.model()
-    parallelise(model, mesh_of(Sizes(1, 2, 1)), weights_of(Copies(1, 2)), Options(Sharding(reshard)))
+    parallelise(model, mesh_of(Sizes(1, 1, 2, 1)), weights_of(Copies(1, 2)), Options(Sharding(reshard)))
     shards = list(model.parameters())
     with torch.no_grad():
         before = model(*setting.inputs()).sample
@@ -95,7 +95,9 @@ def check_fresh(rank: int, setting: Setting, reshard: bool | None) -> None:
 def check_bfloat16(rank: int, setting: Setting) -> None:
     """Float32 weights that compute in bfloat16 give what bfloat16 weights do; their gradients are float32."""
     model = setting.model().float()
-    parallelise(model, mesh_of(Sizes(2, 1, 1)), weights_of(Copies(1, 2)), Options(Sharding(param_dtype=torch.bfloat16)))
+    parallelise(
+        model, mesh_of(Sizes(2, 1, 1, 1)), weights_of(Copies(1, 2)), Options(Sharding(param_dtype=torch.bfloat16))
+    )
     rounded = setting.model().bfloat16()
     ours, theirs = (m(*setting.inputs()).sample for m in (model, rounded))
     assert ours.dtype == torch.float32
@@ -129,7 +131,7 @@ def count_gathers(rank: int, setting: Setting, sharding: Sharding) -> tuple[list
     model = setting.model()
     forward, backward = [], []
     with Gathers() as gathers:
-        parallelise(model, mesh_of(Sizes(2, 1, 1)), weights_of(Copies(1, 2)), Options(sharding))
+        parallelise(model, mesh_of(Sizes(2, 1, 1, 1)), weights_of(Copies(1, 2)), Options(sharding))
         for block in model.blocks:  # the first thing that a block computes, and so the last in the backward pass
             block.self_attn.q.register_forward_pre_hook(lambda *_: forward.append(gathers.count))
             block.self_attn.q.register_full_backward_pre_hook(lambda *_: backward.append(gathers.count))
@@ -143,7 +145,7 @@ def count_gathers(rank: int, setting: Setting, sharding: Sharding) -> tuple[list
 def report(rank: int, setting: Setting) -> list[str]:
     """What is said of a model that shall be kept in host memory, on a CPU; it still runs."""
     model, options = setting.model(), Options(Sharding(model_cpu_offload=True))
-    lines = parallelise(model, mesh_of(Sizes(1, 2, 1)), weights_of(Copies(1, 2)), options)
+    lines = parallelise(model, mesh_of(Sizes(1, 1, 2, 1)), weights_of(Copies(1, 2)), options)
     model(*setting.inputs()).sample.sum().backward()
     return lines
 

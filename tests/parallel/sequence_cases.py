@@ -13,8 +13,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospnext import OSPNextModel
+from ospnext.flow.sample import BothHalves, GuidanceMode, guided
 from ospnext.ops.layout import Grid, Layout
 from ospnext.parallel.apply import apply_sequence_parallel
+from ospnext.parallel.guidance import SplitGuidance
 from ospnext.parallel.mesh import Mesh, Sizes, build_mesh
 from ospnext.parallel.sequence import ShardedAttend, ShardedSwitch
 
@@ -27,6 +29,7 @@ class Setting(NamedTuple):
     heads: int
     dense_ends: bool = True
     pattern: str = "2d"
+    guided: bool = False
 
     @property
     def segments(self) -> int:
@@ -85,12 +88,18 @@ def float64_throughout() -> Iterator[None]:
         torch.Tensor.float = single
 
 
-def outputs_and_gradients(model: Any, setting: Setting) -> dict[str, torch.Tensor]:
+def outputs_and_gradients(
+    model: Any, setting: Setting, halves: GuidanceMode | BothHalves = "batched"
+) -> dict[str, torch.Tensor]:
     """The velocity and the gradient of every parameter and of the latents, for a loss of random weights."""
     latents, timestep, text = setting.inputs()
     latents.requires_grad_()
     model.zero_grad()
-    out = model(latents, timestep, text).sample
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return model(x, t, condition).sample
+
+    out = guided(velocity, text, text.flip(0) / 2, 3.0 if setting.guided else 1.0, halves)(latents, timestep)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * weight).sum().backward()
     gradients = {"latents": latents.grad, **{name: p.grad for name, p in model.named_parameters()}}
@@ -115,7 +124,8 @@ def check_cases(rank: int, cases: list[Case], references: Path) -> None:
             apply_sequence_parallel(model, mesh)
             if case.checkpointing:
                 model.enable_gradient_checkpointing()
-            ours = outputs_and_gradients(model, case.setting)
+            halves = SplitGuidance(mesh) if case.sizes.cfg == 2 else "batched"
+            ours = outputs_and_gradients(model, case.setting, halves)
             sum_gradients(ours, mesh)
             compare(ours, expected[str(case.setting)], str(case))
 
@@ -127,10 +137,10 @@ def mesh_of(sizes: Sizes) -> Mesh:
 
 
 def sum_gradients(results: dict[str, torch.Tensor], mesh: Mesh) -> None:
-    """Sum all but the output over the processes of the sequence, in place and in one piece."""
+    """Sum all but the output over the processes of a video, in place and in one piece."""
     gradients = [value for name, value in results.items() if name != "output"]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=mesh.sequence.get_group())
+    dist.all_reduce(flat, group=mesh.video.get_group())
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
 

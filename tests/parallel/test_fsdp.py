@@ -113,7 +113,7 @@ def test_weights_are_gathered_ahead(
 def test_the_report_says_what_has_no_effect(processes: Group) -> None:
     for lines in processes(2).run(cases.report, ANY):
         assert lines == [
-            "videos: 1 at a time, each on ssp 2 x ulysses 1 processes",
+            "videos: 1 at a time, each on cfg 1 x ssp 2 x ulysses 1 processes",
             "weights: 1 copies in 2 shards",
             "blocks: not checkpointed, not compiled",
             "model_cpu_offload has no effect: the model runs on the CPU already",
@@ -123,7 +123,7 @@ def test_the_report_says_what_has_no_effect(processes: Group) -> None:
 def test_sizes_fit() -> None:
     assert fit_copies(8, 4) == fit_copies(8, 4, 2) == Copies(ddp=2, fsdp=4)
     assert fit_copies(1, 1) == Copies(1, 1)
-    assert fit(8, 4, ssp=2, ulysses=2, fsdp=8) == (Sizes(2, 2, 2), Copies(1, 8))
+    assert fit(8, 4, ssp=2, ulysses=2, fsdp=8) == (Sizes(2, 1, 2, 2), Copies(1, 8))
 
 
 @pytest.mark.parametrize(("fsdp", "ddp"), [(4, None), (0, None), (-2, None), (2, 2), (6, 0), (12, None), (-2, -3)])

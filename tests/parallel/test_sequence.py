@@ -16,12 +16,16 @@ from ospnext.parallel.mesh import Sizes
 Group = Callable[[int], Processes]
 
 GRIDS = [(2, 5, 7), (1, 9, 10)]
-MESHES = {2: [(1, 2), (2, 1)], 4: [(2, 2), (4, 1), (1, 4)]}  # (ssp, ulysses)
+MESHES = {  # (cfg, ssp, ulysses)
+    2: [(1, 1, 2), (1, 2, 1), (2, 1, 1)],
+    4: [(1, 2, 2), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2)],
+}
 PLAIN = [Setting(grid, ratio, heads) for grid, ratio, heads in product(GRIDS, [2, 3], [3, 4])]
 ANY = PLAIN[0]
 SPARSE = ANY._replace(dense_ends=False)  # two blocks: TOKEN and GROUP
 NO_TOKENS = ANY._replace(tokens=(1, 2, 2))  # GROUP has one segment: some processes own no token
-OTHER = [SPARSE, SPARSE._replace(pattern="1d"), NO_TOKENS]
+GUIDED = ANY._replace(guided=True)
+OTHER = [SPARSE, SPARSE._replace(pattern="1d"), NO_TOKENS, GUIDED, SPARSE._replace(guided=True)]
 
 
 def cases_on(meshes: Iterable[Sizes], settings: list[Setting], checkpointing: bool = False) -> list[Case]:
@@ -29,7 +33,7 @@ def cases_on(meshes: Iterable[Sizes], settings: list[Setting], checkpointing: bo
     return [
         Case(sizes, setting, checkpointing)
         for sizes, setting in product(meshes, settings)
-        if setting.segments % sizes.ssp == 0
+        if setting.segments % sizes.ssp == 0 and setting.guided >= (sizes.cfg == 2)
     ]
 
 
@@ -49,33 +53,35 @@ def test_outputs_and_gradients_are_those_of_one_device(world: int, processes: Gr
 
 
 def test_data_parallel_sequences_do_not_meet(processes: Group, references: Path) -> None:
-    processes(4).run(cases.check_cases, cases_on([Sizes(2, 2, 1), Sizes(2, 1, 2), Sizes(4, 1, 1)], [ANY]), references)
+    processes(4).run(
+        cases.check_cases, cases_on([Sizes(2, 1, 2, 1), Sizes(2, 1, 1, 2), Sizes(4, 1, 1, 1)], [ANY]), references
+    )
 
 
 def test_a_copy_samples_and_the_model_trains(processes: Group, references: Path) -> None:
-    processes(2).run(cases.sample_then_train, Sizes(1, 2, 1), ANY, references)
+    processes(2).run(cases.sample_then_train, Sizes(1, 1, 2, 1), ANY, references)
 
 
 def test_blocks_compile_whole(processes: Group, references: Path) -> None:
-    processes(2).run(cases.compile_blocks, Sizes(1, 1, 2), SPARSE, references)
+    processes(2).run(cases.compile_blocks, Sizes(1, 1, 1, 2), SPARSE, references)
 
 
 def test_bfloat16_is_close(processes: Group, references: Path) -> None:
-    assert max(processes(4).run(cases.error_of_bfloat16, Sizes(1, 2, 2), ANY, references)) < 0.03
+    assert max(processes(4).run(cases.error_of_bfloat16, Sizes(1, 1, 2, 2), ANY, references)) < 0.03
 
 
 def test_kernels_are_still_chosen_by_name(processes: Group) -> None:
-    assert processes(2).run(cases.kernel_names, Sizes(1, 2, 1), ANY) == [["auto", "sdpa", "sdpa"]] * 2
+    assert processes(2).run(cases.kernel_names, Sizes(1, 1, 2, 1), ANY) == [["auto", "sdpa", "sdpa"]] * 2
 
 
 @pytest.mark.parametrize(
     ("sizes", "checkpointing", "expected"),
     [
         # 8 blocks, 2 dense at either end: 5 switches, 2 exchanges in each block with Ulysses, 1 gather of the output.
-        (Sizes(1, 4, 1), False, (5 + 2 * 4 + 1, 5 + 2 * 4)),
-        (Sizes(1, 4, 1), True, (5 + 2 * 4 + 1, 5 + 4 * 4)),  # blocks run again in the backward pass, switches do not
-        (Sizes(1, 2, 2), False, (5 + 2 * 8 + 1, 5 + 2 * 8)),
-        (Sizes(1, 1, 4), False, (5 + 2 * 8 + 1, 5 + 2 * 8)),
+        (Sizes(1, 1, 4, 1), False, (5 + 2 * 4 + 1, 5 + 2 * 4)),
+        (Sizes(1, 1, 4, 1), True, (5 + 2 * 4 + 1, 5 + 4 * 4)),  # blocks run again in the backward pass, switches do not
+        (Sizes(1, 1, 2, 2), False, (5 + 2 * 8 + 1, 5 + 2 * 8)),
+        (Sizes(1, 1, 1, 4), False, (5 + 2 * 8 + 1, 5 + 2 * 8)),
     ],
     ids=str,
 )
@@ -87,29 +93,29 @@ def test_one_collective_a_switch(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sparse_blocks_of_whole_segments_send_nothing_inside(checkpointing: bool, processes: Group) -> None:
-    case = Case(Sizes(1, 4, 1), SPARSE, checkpointing)
+    case = Case(Sizes(1, 1, 4, 1), SPARSE, checkpointing)
     assert processes(4).run(cases.count_of_a_step, case) == [(1 + 1, 1)] * 4
 
 
 @pytest.mark.parametrize(("grid", "share"), [(Grid(21, 48, 84), 0.25), (Grid(21, 45, 80), 0.27)], ids=str)
 def test_bytes_sent_at_video_sizes(grid: Grid, share: float, processes: Group) -> None:
     """Four processes: a sparse block of whole segments sends a quarter of what Ulysses does."""
-    ulysses = processes(4).run(cases.bytes_of_attention, Sizes(1, 1, 4), grid, Layout.TOKEN)
-    ours = processes(4).run(cases.bytes_of_switch, Sizes(1, 4, 1), grid, Layout.TOKEN, Layout.GROUP)
-    inside = processes(4).run(cases.bytes_of_attention, Sizes(1, 4, 1), grid, Layout.TOKEN)
+    ulysses = processes(4).run(cases.bytes_of_attention, Sizes(1, 1, 1, 4), grid, Layout.TOKEN)
+    ours = processes(4).run(cases.bytes_of_switch, Sizes(1, 1, 4, 1), grid, Layout.TOKEN, Layout.GROUP)
+    inside = processes(4).run(cases.bytes_of_attention, Sizes(1, 1, 4, 1), grid, Layout.TOKEN)
     assert [sent for sent, _ in inside] == [0] * 4
     assert max(sent for sent, _ in ours) <= share * max(sent for sent, _ in ulysses)
     for here, there in [(Layout.FULL, Layout.TOKEN), (Layout.GROUP, Layout.FULL)]:
-        edge = processes(4).run(cases.bytes_of_switch, Sizes(1, 4, 1), grid, here, there)
+        edge = processes(4).run(cases.bytes_of_switch, Sizes(1, 1, 4, 1), grid, here, there)
         sent, held = (sum(column) for column in zip(*edge, strict=True))
         assert sent <= held * 3 / 4 * 1.001
 
 
 def test_a_misfit_is_refused(processes: Group) -> None:
-    dense = processes(2).run(cases.message_of_misfit, Sizes(1, 2, 1), Setting((2, 5, 7), 1, 3))
+    dense = processes(2).run(cases.message_of_misfit, Sizes(1, 1, 2, 1), Setting((2, 5, 7), 1, 3))
     assert "What fits: ssp 1 with ulysses 1 or 2" in dense[0]
-    more = processes(2).run(cases.message_of_misfit, Sizes(1, 4, 1))
-    assert more == ["a mesh of (1, 4, 1) needs 4 processes, but 2 run"] * 2
+    more = processes(2).run(cases.message_of_misfit, Sizes(1, 1, 4, 1))
+    assert more == ["a mesh of (1, 1, 4, 1) needs 4 processes, but 2 run"] * 2
 
 
 EVERY = [
@@ -121,11 +127,14 @@ EVERY = [
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("cfg", [1, 2])
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 8])
-def test_every_mesh(world: int, processes: Group, tmp_path: Path) -> None:
+def test_every_mesh(world: int, cfg: int, processes: Group, tmp_path: Path) -> None:
+    settings = EVERY if cfg == 1 else [setting._replace(guided=True) for setting in EVERY[::3]]
     path = tmp_path / "references.pt"
-    torch.save({str(setting): reference(setting) for setting in EVERY}, path)
-    shapes = [(ssp, ulysses) for ssp, ulysses in product(range(1, world + 1), repeat=2) if ssp * ulysses > 1]
-    for sizes in [Sizes(world // (s * u), s, u) for s, u in shapes if world % (s * u) == 0]:
-        some = cases_on([sizes], EVERY) + cases_on([sizes], EVERY[::5], checkpointing=True)
-        processes(world).run(cases.check_cases, some, path, seconds=600)
+    torch.save({str(setting): reference(setting) for setting in settings}, path)
+    for ssp, ulysses in product(range(1, world + 1), repeat=2):
+        sizes = Sizes(world // (cfg * ssp * ulysses), cfg, ssp, ulysses)
+        if sizes.world == world and sizes.video > 1:
+            some = cases_on([sizes], settings) + cases_on([sizes], settings[::5], checkpointing=True)
+            processes(world).run(cases.check_cases, some, path, seconds=600)

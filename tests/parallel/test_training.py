@@ -35,34 +35,34 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_process(processes: Group, references: Path) -> None:
-    processes(1).run(cases.check_cases, [Case(PARTS, Sizes(1, 1, 1), Copies(1, 1), CHECKPOINTED)], references)
+    processes(1).run(cases.check_cases, [Case(PARTS, Sizes(1, 1, 1, 1), Copies(1, 1), CHECKPOINTED)], references)
 
 
 def test_two_processes(processes: Group, references: Path) -> None:
     some = [
-        Case(ANY, Sizes(2, 1, 1), Copies(1, 2), Options()),
-        Case(ANY, Sizes(1, 2, 1), Copies(1, 2), CHECKPOINTED),
-        Case(ANY, Sizes(1, 1, 2), Copies(2, 1), KEPT),
+        Case(ANY, Sizes(2, 1, 1, 1), Copies(1, 2), Options()),
+        Case(ANY, Sizes(1, 1, 2, 1), Copies(1, 2), CHECKPOINTED),
+        Case(ANY, Sizes(1, 1, 1, 2), Copies(2, 1), KEPT),
     ]
     processes(2).run(cases.check_cases, some, references)
 
 
 def test_four_processes(processes: Group, references: Path) -> None:
     some = [
-        Case(DENSE_ENDS, Sizes(1, 2, 2), Copies(1, 4), CHECKPOINTED),
-        Case(PARTS, Sizes(2, 2, 1), Copies(2, 2), KEPT),
-        Case(ANY, Sizes(2, 1, 2), Copies(4, 1), Options()),
+        Case(DENSE_ENDS, Sizes(1, 1, 2, 2), Copies(1, 4), CHECKPOINTED),
+        Case(PARTS, Sizes(2, 1, 2, 1), Copies(2, 2), KEPT),
+        Case(ANY, Sizes(2, 1, 1, 2), Copies(4, 1), Options()),
     ]
     processes(4).run(cases.check_cases, some, references)
 
 
 def test_float32_within_its_rounding(processes: Group, references: Path) -> None:
-    case = Case(SINGLE, Sizes(2, 2, 1), Copies(2, 2), Options())
+    case = Case(SINGLE, Sizes(2, 1, 2, 1), Copies(2, 2), Options())
     processes(4).run(cases.check_cases, [case], references, 2e-5)
 
 
 def test_bfloat16_within_its_rounding(processes: Group, references: Path) -> None:
-    case = Case(SINGLE, Sizes(2, 2, 1), Copies(2, 2), Options(Sharding(param_dtype=torch.bfloat16), True))
+    case = Case(SINGLE, Sizes(2, 1, 2, 1), Copies(2, 2), Options(Sharding(param_dtype=torch.bfloat16), True))
     errors = processes(4).run(cases.error_of_bfloat16, case, references)
     assert 0 < max(errors) < 0.005
 
@@ -70,7 +70,7 @@ def test_bfloat16_within_its_rounding(processes: Group, references: Path) -> Non
 def every_mesh(world: int, segments: int) -> list[Sizes]:
     """Every legal way to share videos."""
     shapes = product(range(1, world + 1), repeat=2)
-    return [Sizes(world // (s * u), s, u) for s, u in shapes if segments % s == 0 and world % (s * u) == 0]
+    return [Sizes(world // (s * u), 1, s, u) for s, u in shapes if segments % s == 0 and world % (s * u) == 0]
 
 
 def every_copy(world: int) -> list[Copies]:
@@ -119,6 +119,6 @@ def test_every_setting(world: int, processes: Group, tmp_path: Path) -> None:
 def test_compiled_blocks(checkpointing: bool, processes: Group, references: Path) -> None:
     backend = "inductor" if which("g++") else "aot_eager"
     options = Options(checkpointing=checkpointing, compile_backend=backend)
-    case = Case(SINGLE, Sizes(1, 2, 2), Copies(2, 2), options)
+    case = Case(SINGLE, Sizes(1, 1, 2, 2), Copies(2, 2), options)
     graphs = processes(4).run(cases.check_compiled, case, references, 2e-5, seconds=600)
     assert min(graphs) > 0

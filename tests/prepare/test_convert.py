@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ospnext.assemble import ModelConfig
 from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import TARGETS, save_transformer
 from ospnext.cli import main
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.prepare.convert import ConvertConfig, convert, run
+from ospnext.sections import ModelConfig
 
 SETTINGS = {"num_heads": 2, "skiparse_model_type": "dual_end", "text_len": 64}
 

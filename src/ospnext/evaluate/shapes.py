@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ospnext.assemble import AttentionKernel, DType
 from ospnext.config import Config
 from ospnext.device import device_label, dtype_label, resolve_device, working_dtype
 from ospnext.evaluate.grading import grade_all
@@ -28,6 +27,7 @@ from ospnext.generate.run import make_folder
 from ospnext.generate.settings import Guidance, Steps
 from ospnext.media import contact_sheet, write_video
 from ospnext.ops.attention import describe_kernel
+from ospnext.sections import AttentionKernel, DType
 from ospnext.shapes.captions import caption
 from ospnext.shapes.grade import Grade
 from ospnext.shapes.world import Scene, World, sample_scene

@@ -4,7 +4,7 @@ A velocity here is a function of a state x [B, ...] and timesteps t = 1000 σ [B
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +42,35 @@ def euler_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tenso
     return x + (sigma_next - sigma) * v
 
 
+class Halves(NamedTuple):
+    """The two velocities that guidance mixes, float32."""
+
+    uncond: Tensor
+    cond: Tensor
+
+
+BothHalves = Callable[[ConditionalVelocity, Tensor, Tensor, Tensor, Tensor], Halves]  # (velocity, x, t, ∅, c) -> both
+
+
+def both_in_one_batch(velocity: ConditionalVelocity, x: Tensor, t: Tensor, uncond: Tensor, cond: Tensor) -> Halves:
+    """Both halves of guidance from one call with a batch of 2B."""
+    return Halves(*velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond, cond])).float().chunk(2))
+
+
+def one_after_the_other(velocity: ConditionalVelocity, x: Tensor, t: Tensor, uncond: Tensor, cond: Tensor) -> Halves:
+    """Both halves of guidance from two calls, in less memory."""
+    return Halves(velocity(x, t, uncond).float(), velocity(x, t, cond).float())
+
+
+_HALVES: dict[str, BothHalves] = {"batched": both_in_one_batch, "sequential": one_after_the_other}
+
+
 def guided(
     velocity: ConditionalVelocity,
     cond: Tensor,
     uncond: Tensor | None,
     scale: float,
-    mode: GuidanceMode = "batched",
+    mode: GuidanceMode | BothHalves = "batched",
 ) -> Velocity:
     """Classifier-free guidance: v = v(∅) + w (v(c) - v(∅)), in float32.
 
@@ -55,7 +78,7 @@ def guided(
         velocity: the model, called with a condition.
         cond, uncond: c and ∅, both [B, ...]; ∅ is not needed where guidance is off.
         scale: w; at 1 and below guidance is off, and the model is called with c only.
-        mode: both calls as one batch of 2B, or one after the other in less memory.
+        mode: how to get both halves: ``batched`` or ``sequential``, or a function of one's own.
 
     Raises:
         ValueError: guidance is on without ``uncond``.
@@ -64,16 +87,13 @@ def guided(
         return lambda x, t: velocity(x, t, cond).float()
     if uncond is None:
         raise ValueError(f"guidance_scale {scale} needs a negative condition")
+    halves = _HALVES[mode] if isinstance(mode, str) else mode
 
-    def batched(x: Tensor, t: Tensor) -> Tensor:
-        v_uncond, v_cond = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond, cond])).float().chunk(2)
+    def mixed(x: Tensor, t: Tensor) -> Tensor:
+        v_uncond, v_cond = halves(velocity, x, t, uncond, cond)
         return v_uncond + scale * (v_cond - v_uncond)
 
-    def sequential(x: Tensor, t: Tensor) -> Tensor:
-        v_uncond, v_cond = velocity(x, t, uncond).float(), velocity(x, t, cond).float()
-        return v_uncond + scale * (v_cond - v_uncond)
-
-    return batched if mode == "batched" else sequential
+    return mixed
 
 
 def denoise(

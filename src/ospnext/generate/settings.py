@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ospnext.assemble import DType, RunConfig, SchedulerConfig
 from ospnext.config import Config, ConfigError, describe_errors
+from ospnext.sections import DType, RunConfig, SchedulerConfig
 
 Frames = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=16)]

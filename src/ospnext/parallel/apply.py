@@ -41,19 +41,21 @@ class Fit(NamedTuple):
     copies: Copies
 
 
-def fit(world: int, segments: int, ssp: int = 1, ulysses: int = 1, fsdp: int = 1, ddp: int | None = None) -> Fit:
+def fit(
+    world: int, segments: int, ssp: int = 1, ulysses: int = 1, fsdp: int = 1, ddp: int | None = None, cfg: int = 1
+) -> Fit:
     """All sizes of a run, checked against each other; needs no process group and no model.
 
     Args:
         world: processes in all.
         segments: attention segments of the model's sparse blocks, see ``ownership.segment_count``.
-        ssp, ulysses: as in ``fit_sizes``.
+        ssp, ulysses, cfg: as in ``fit_sizes``.
         fsdp, ddp: as in ``fit_copies``.
 
     Raises:
         ValueError: they do not go together; the message names all that do.
     """
-    return Fit(fit_sizes(world, ssp, ulysses, segments), fit_copies(world, fsdp, ddp))
+    return Fit(fit_sizes(world, ssp, ulysses, segments, cfg), fit_copies(world, fsdp, ddp))
 
 
 def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
@@ -122,7 +124,7 @@ def _report(mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
     sizes, sharding = mesh.sizes, options.sharding
     shards = weights["fsdp"].size()
     lines = [
-        f"videos: {sizes.dp} at a time, each on ssp {sizes.ssp} x ulysses {sizes.ulysses} processes",
+        f"videos: {sizes.dp} at a time, each on cfg {sizes.cfg} x ssp {sizes.ssp} x ulysses {sizes.ulysses} processes",
         f"weights: {weights.size() // shards} copies in {shards} shards",
         f"blocks: {'checkpointed' if options.checkpointing else 'not checkpointed'}, "
         f"{'not compiled' if options.compile_backend is None else f'compiled by {options.compile_backend}'}",

@@ -1,6 +1,8 @@
-"""The mesh of processes: data parallel x sparse sequence parallel x Ulysses.
+"""The mesh of processes: data parallel x guidance x sparse sequence parallel x Ulysses.
 
-A video's tokens are shared by ``ssp * ulysses`` processes, a *sequence*; ``dp`` sequences work on different videos.
+A video's tokens are shared by ``ssp * ulysses`` processes, a *sequence*. With ``cfg = 2`` two sequences work on the
+same video, one on the conditional half of guidance and one on the unconditional; ``dp`` of these groups work on
+different videos.
 Sparse blocks need no communication between the ``ssp`` sub-groups of a sequence, for a sub-group owns whole segments;
 within a sub-group, and in dense blocks within the whole sequence, attention exchanges heads for tokens (Ulysses).
 
@@ -18,13 +20,19 @@ class Sizes(NamedTuple):
     """Processes along each axis of the mesh; neighbouring ranks are neighbours along the last axis first."""
 
     dp: int
+    cfg: int
     ssp: int
     ulysses: int
 
     @property
     def world(self) -> int:
         """Processes in all."""
-        return self.dp * self.ssp * self.ulysses
+        return self.dp * self.video
+
+    @property
+    def video(self) -> int:
+        """Processes that share a video."""
+        return self.cfg * self.ssp * self.ulysses
 
 
 class Sharing(NamedTuple):
@@ -42,8 +50,9 @@ class Mesh:
     """The processes of a run, arranged; made by ``build_mesh``."""
 
     sizes: Sizes
-    devices: DeviceMesh  # axes dp, ssp, ulysses
+    devices: DeviceMesh  # axes dp, cfg, ssp, ulysses
     sequence: DeviceMesh  # the axes ssp and ulysses as one
+    video: DeviceMesh  # all axes but dp as one
 
     @property
     def sharing(self) -> Sharing:
@@ -52,26 +61,32 @@ class Mesh:
         return Sharing(self.sizes.ssp, self.sizes.ulysses, self.sequence.get_local_rank(), group, subgroup)
 
 
-def fit_sizes(world: int, ssp: int, ulysses: int, segments: int) -> Sizes:
-    """The mesh of a number of processes: what a sequence leaves over goes to data parallelism.
+def fit_sizes(world: int, ssp: int, ulysses: int, segments: int, cfg: int = 1) -> Sizes:
+    """The mesh of a number of processes: what a video leaves over goes to data parallelism.
 
     Args:
         world: processes in all.
         ssp: sub-groups of a sequence.
         ulysses: processes of a sub-group.
         segments: attention segments of the model's sparse blocks, see ``ownership.segment_count``.
+        cfg: sequences that share the guidance of a video, 1 or 2.
 
     Raises:
         ValueError: the numbers do not go together; the message names those that do.
     """
     if world < 1:
         raise ValueError(f"world size is {world}: it must be at least 1")
-    if min(ssp, ulysses) < 1 or segments % ssp or world % (ssp * ulysses):
+    if cfg not in (1, 2) or world % cfg:
+        fits = "1" if world % 2 else "1 or 2"
+        raise ValueError(f"cfg_parallel_size {cfg} does not fit {world} processes. What fits: {fits}")
+    if min(ssp, ulysses) < 1 or segments % ssp or world // cfg % (ssp * ulysses):
+        beside = f" with cfg_parallel_size {cfg}" if cfg > 1 else ""
         raise ValueError(
-            f"ssp {ssp} x ulysses {ulysses} does not fit {world} processes and {segments} attention segments: ssp must "
-            f"divide the segments, and ssp x ulysses the processes. What fits: {_choices(world, segments)}"
+            f"ssp {ssp} x ulysses {ulysses} (skiparse_sp_size x sp_size) does not fit {world} processes{beside} and "
+            f"{segments} attention segments: ssp must divide the segments, and ssp x ulysses the processes"
+            f"{' of each half' if cfg > 1 else ''}. What fits: {_choices(world // cfg, segments)}"
         )
-    return Sizes(world // (ssp * ulysses), ssp, ulysses)
+    return Sizes(world // (cfg * ssp * ulysses), cfg, ssp, ulysses)
 
 
 def check_segments(sizes: Sizes, segments: int) -> None:
@@ -80,7 +95,7 @@ def check_segments(sizes: Sizes, segments: int) -> None:
     Raises:
         ValueError: the model's sparse blocks have a number of segments that ``ssp`` does not divide.
     """
-    fit_sizes(sizes.world, sizes.ssp, sizes.ulysses, segments)
+    fit_sizes(sizes.world, sizes.ssp, sizes.ulysses, segments, sizes.cfg)
 
 
 def build_mesh(sizes: Sizes, device_type: str) -> Mesh:
@@ -98,7 +113,12 @@ def build_mesh(sizes: Sizes, device_type: str) -> Mesh:
     if dist.is_initialized() and dist.get_world_size() != sizes.world:
         raise ValueError(f"a mesh of {tuple(sizes)} needs {sizes.world} processes, but {dist.get_world_size()} run")
     devices = init_device_mesh(device_type, sizes, mesh_dim_names=Sizes._fields)
-    return Mesh(sizes, devices, devices["ssp", "ulysses"]._flatten("sequence"))
+    return Mesh(
+        sizes,
+        devices,
+        devices["ssp", "ulysses"]._flatten("sequence"),
+        devices["cfg", "ssp", "ulysses"]._flatten("video"),
+    )
 
 
 def _choices(world: int, segments: int) -> str:

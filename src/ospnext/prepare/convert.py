@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ospnext.assemble import DType, ModelConfig
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
 from ospnext.checkpoints.read import CheckpointError
@@ -20,6 +19,7 @@ from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
 from ospnext.device import resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.sections import DType, ModelConfig
 
 
 class ConvertConfig(Config):

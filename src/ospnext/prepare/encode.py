@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ospnext.assemble import DType, TextEncoderConfig, VAEConfig
 from ospnext.checkpoints.components import find_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
 from ospnext.config import Config, ConfigError
@@ -43,6 +42,7 @@ from ospnext.data.transforms import to_pixel_values
 from ospnext.device import resolve_device, resolve_dtype, working_dtype
 from ospnext.models.text import encode_tokens
 from ospnext.models.video_vae import check_frames, encode_video
+from ospnext.sections import DType, TextEncoderConfig, VAEConfig
 
 _TEXTS_AT_ONCE = 16
 

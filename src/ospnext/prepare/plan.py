@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from ospnext.assemble import RunConfig
 from ospnext.config import Config, ConfigError
 from ospnext.prepare.plan_devices import Device, find_device
 from ospnext.prepare.plan_memory import Phase, phases
@@ -20,6 +19,7 @@ from ospnext.prepare.plan_mesh import Mesh, all_meshes, configured_mesh
 from ospnext.prepare.plan_recipe import Recipe, make_recipe, read_config
 from ospnext.prepare.plan_report import as_json, print_plan
 from ospnext.prepare.plan_time import Run, Seconds, run_seconds, step_seconds
+from ospnext.sections import RunConfig
 
 
 class PlanConfig(Config):

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ospnext.assemble import RunConfig
 from ospnext.config import ConfigError
 from ospnext.parallel.ownership import segment_count
 from ospnext.prepare.plan_recipe import Recipe
 from ospnext.prepare.plan_traffic import Sequence
+from ospnext.sections import RunConfig
 
 
 class Mesh(NamedTuple):

@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ospnext.assemble import RunConfig
 from ospnext.checkpoints.components import EMBEDDED, pipeline_folder
 from ospnext.checkpoints.formats import DEFAULTS, read_settings
 from ospnext.checkpoints.load import find_transformer, load_text_encoder, load_vae, open_transformer
@@ -27,6 +26,7 @@ from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid
+from ospnext.sections import RunConfig
 from ospnext.train.settings import TrainConfig
 
 Kind = Literal["generate", "train"]

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ospnext.assemble import RunConfig, SchedulerConfig
 from ospnext.config import Config
+from ospnext.sections import RunConfig, SchedulerConfig
 
 
 class NoiseConfig(SchedulerConfig):

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from pydantic import Field, model_validator
 
-from ospnext.assemble import DType
 from ospnext.checkpoints.memory import require_memory
 from ospnext.checkpoints.save import saving
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device, resolve_dtype
 from ospnext.generate.run import make_folder
 from ospnext.models.video_vae import decode_whole, encode_whole
+from ospnext.sections import DType
 from ospnext.train.clips import ClipSize, WorldName, random_crops, render_pool, sample_scenes, to_video
 from ospnext.train.loop import LoopSettings, Losses, fit
 
