@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from ospnext import media
 from ospnext.media import read_video, video_grid, write_video
 
 GREYS = (40, 90, 140, 190, 230)
@@ -31,6 +33,24 @@ def test_tiles_stand_in_rows_and_short_clips_hold_their_end(clips: list[Path], t
         assert np.abs(grid.frames[:, y, x].astype(int) - grey).max() <= 4
     assert grid.frames[:, 2 * 49 + 40, 32].max() < 10  # below the smaller clip
     assert grid.frames[:, 2 * 49 + 16, 65 + 32].max() < 10  # no sixth clip
+
+
+def test_tiles_start_no_threads_of_their_own(
+    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    class Watched(media.VideoWriter):
+        def add(self, frame: np.ndarray) -> None:
+            threads.append(psutil.Process().num_threads())
+            super().add(frame)
+
+    monkeypatch.setattr(media, "VideoWriter", Watched)
+    video_grid(clips[:1], tmp_path / "one.mp4")
+    one = max(threads)
+    threads.clear()
+    video_grid(clips[:1] * 32, tmp_path / "many.mp4")
+    assert max(threads) < one + 16
 
 
 def test_grids_are_bounded(clips: list[Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
 
 Frames = np.ndarray | torch.Tensor
@@ -123,16 +123,19 @@ def video_grid(
     columns = math.ceil(min(len(paths), limit) / rows)
     with ExitStack() as stack:
         containers = [stack.enter_context(_opened(path)) for path in paths[:limit]]
+        for container in containers:  # of their own accord decoders start a thread for every core, each
+            container.streams.video[0].codec_context.thread_count = 1
         sizes = [(c.streams.video[0].height, c.streams.video[0].width) for c in containers]
         height, width = (max(side) for side in zip(*sizes, strict=True))
         scale = min(1.0, longest_side / max(rows * (height + 1), columns * (width + 1)))
         height, width = int(height * scale), int(width * scale)
         canvas = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), np.uint8)
         writer = stack.enter_context(video_writer(out, *canvas.shape[:2], fps))
+        shrink = VideoReformatter()  # one for all: each has threads of its own
         for frames in zip_longest(*(c.decode(c.streams.video[0]) for c in containers)):
             for i, (frame, size) in enumerate(zip(frames, sizes, strict=True)):
                 if frame is not None:
-                    tile = _rgb(frame.reformat(width=int(size[1] * scale), height=int(size[0] * scale)))
+                    tile = shrink.reformat(frame, int(size[1] * scale), int(size[0] * scale), "rgb24").to_ndarray()
                     y, x = i // columns * (height + 1), i % columns * (width + 1)
                     canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
             writer.add(canvas)
