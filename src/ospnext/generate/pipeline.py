@@ -34,7 +34,7 @@ from ospnext.generate.inputs import (
 )
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING, read_model_settings
-from ospnext.generate.size import SizeStep, VideoSize, fit_size
+from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
 from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode
@@ -399,10 +399,3 @@ class OSPNextPipeline(DiffusionPipeline):
             frame_tokens = x.shape[-2] * x.shape[-1] // (patch_h * patch_w)
             sampler = make_sampler(self.scheduler, self._num_timesteps, frame_tokens, x.device)
             return denoise(velocity, x, sampler.sigmas, sampler.step, callback, sampler.timesteps)
-
-
-def size_step(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> SizeStep:
-    """What sizes of video components with these configs make."""
-    patch_t, patch_h, patch_w = transformer["patch_size"]
-    scale = vae["scale_factor_spatial"]
-    return SizeStep(vae["scale_factor_temporal"] * patch_t, scale * patch_h, scale * patch_w)

@@ -1,7 +1,8 @@
 """Which sizes of video a model can make, and the nearest one to what is asked for."""
 
 import logging
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ospnext.ops.rope import MAX_POSITIONS
 
@@ -22,6 +23,13 @@ class SizeStep(NamedTuple):
     frames: int
     height: int
     width: int
+
+
+def size_step(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> SizeStep:
+    """What sizes of video components with these configs make."""
+    patch_t, patch_h, patch_w = transformer["patch_size"]
+    scale = vae["scale_factor_spatial"]
+    return SizeStep(vae["scale_factor_temporal"] * patch_t, scale * patch_h, scale * patch_w)
 
 
 def fit_size(size: VideoSize, step: SizeStep) -> VideoSize:

@@ -22,10 +22,10 @@ from ospnext.checkpoints.load import (
 )
 from ospnext.checkpoints.memory import OutOfMemoryError
 from ospnext.device import free_memory, resolve_dtype, working_dtype
-from ospnext.generate.pipeline import OSPNextPipeline, size_step
+from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import GenerateConfig, Sampling, read_model_settings
-from ospnext.generate.size import SizeStep, VideoSize, fit_size
+from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode_bytes
 

@@ -17,9 +17,10 @@ from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_tra
 from ospnext.checkpoints.memory import require_memory
 from ospnext.device import device_label, dtype_label, resolve_device, resolve_dtype
 from ospnext.flow.path import TIMESTEPS, dynamic_shift, interpolate, sample_sigmas
-from ospnext.generate.pipeline import OSPNextPipeline, size_step
+from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
 from ospnext.generate.sampler import make_scheduler
+from ospnext.generate.size import size_step
 from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import describe_kernel
