@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from corpus import Clip, Corpus, frame_number, write
@@ -180,6 +181,20 @@ def test_a_stuck_read_costs_its_timeout_and_no_more(corpus: Corpus, tmp_path: Pa
     assert source.statistics.reasons["timeout"] >= 1
     assert time.monotonic() - start < 120  # it would be for ever; most of it is the worker starting
     os.close(os.open(stuck, os.O_RDWR | os.O_NONBLOCK))
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(sound: Path) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    source = loader(sound, num_workers=1)
+    batches = iter(source)
+    next(batches)
+    workers = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    for worker in workers:
+        if not worker.children() and "forkserver" in " ".join(worker.cmdline()):
+            worker.kill()
+    with pytest.raises(DataError, match="a process that reads clips died") as caught:
+        [next(batches) for _ in range(10)]  # it had read ahead
+    assert "\n" not in str(caught.value)
 
 
 def test_guard_goes_on_after_a_stuck_call() -> None:

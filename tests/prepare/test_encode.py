@@ -1,5 +1,6 @@
 """Encoded clips: training reads what the encoders make of the videos; stopped runs go on; others are refused."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,36 @@ def test_an_unfinished_folder_is_refused_and_completed(
             assert sorted(a.keys()) == sorted(b.keys())
             assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
     assert [bad[0] for n in range(3) for bad in (read_said(tmp_path / shard_name(n)) or {})["bad"]] == [2]
+
+
+def test_a_damaged_shard_is_named_and_made_again(
+    encoded: Path, store: Path, paths: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / shard_name(0)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=rf"{shard_name(0)}: missing or damaged .*makes it again") as caught:
+            for _, _ in zip(range(12), open_latent_loader(tmp_path, None, 1, num_workers=workers), strict=False):
+                pass
+        assert "\n" not in str(caught.value)
+    run(config(store, tmp_path, paths))
+    assert shard.stat().st_size == (encoded / shard_name(0)).stat().st_size
+    (tmp_path / "index.json").write_text("[]")
+    with pytest.raises(DataError, match="encode the clips anew"):
+        LatentDataset(tmp_path, 0, 0.1)
+
+
+def test_a_full_disk_says_which_file(store: Path, paths: dict[str, str], tmp_path: Path) -> None:
+    words = [f"{key}={value}" for key, value in paths.items()]
+    words += [f"metafile_or_dir_path={store}", f"save_path={tmp_path}", "num_workers=0", "buckets=[5x32x48,9x48x32]"]
+    words = ["data", "encode", *words, "text_encoder_config.text_len=24", "device=cpu"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
+    program = f"{limit}import sys; from ospnext.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{shard_name(0)}: cannot be written" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.safetensors"]
 
 
 def test_a_killed_run_leaves_whole_shards_and_goes_on(store: Path, paths: dict[str, str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ epoch, index) and the order one of a ``Progress``: a few numbers, the same on al
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -120,9 +121,17 @@ class Loader:
         return self.progress.epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches from the present state on. Start anew after ``load_state_dict``; one iteration at a time."""
+        """Batches from the present state on. Start anew after ``load_state_dict``; one iteration at a time.
+
+        Raises:
+            DataError: too many clips in a row cannot be read, or a process that reads them died.
+            StoreError: the store was replaced or is damaged.
+        """
         ahead = _Ahead(self.sampler, self.progress)
-        for batch in DataLoader(_Attempts(self.dataset), batch_sampler=ahead, **self._arguments):
+        batches = iter(DataLoader(_Attempts(self.dataset), batch_sampler=ahead, **self._arguments))
+        while True:
+            with naming_dead_workers():
+                batch = next(batches)
             if isinstance(batch, Exception):
                 raise batch
             self.progress = self.sampler.step(self.progress).after
@@ -145,6 +154,20 @@ class Loader:
                 "mean nothing; name the data of the first run, or start anew"
             )
         self.progress = self.sampler.load_state_dict(state)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """What torch says of a worker that was killed, as an error of the data with the way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads clips died ({' '.join(str(error).split())[:160]}): give it more memory, more shared "
+            "memory (docker run --shm-size=8g), or set num_workers=0 to see at which clip it happens"
+        ) from error
 
 
 class _Attempts(Dataset):

@@ -36,6 +36,7 @@ from ospnext.data.latents import (
     write_shard,
     write_tensors,
 )
+from ospnext.data.loader import naming_dead_workers
 from ospnext.data.sampler import Draw
 from ospnext.data.store import ClipStore
 from ospnext.data.transforms import to_pixel_values
@@ -248,7 +249,10 @@ def encode_shard(
     done: list[Encoded] = []
     bad: list[BadClip] = []
     store, dtype = dataset.clips.store, resolve_dtype(config.latent_dtype)
-    for draw, found in zip(draws, DataLoader(dataset, batch_size=None, sampler=draws, **workers), strict=True):
+    read = iter(DataLoader(dataset, batch_size=None, sampler=draws, **workers))
+    for draw in draws:
+        with naming_dead_workers():
+            found = next(read)
         if isinstance(found, BadClip):
             bad.append(found)
             continue
