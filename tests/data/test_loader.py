@@ -9,13 +9,15 @@ import psutil
 import pytest
 import torch
 from corpus import Clip, Corpus, frame_number, write
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import ByT5Tokenizer
 
 from ospnext.data.buckets import Bucket
-from ospnext.data.dataset import MOST_TRIES, Batch, DataError, SampleSettings
+from ospnext.data.dataset import MOST_TRIES, Batch, Collate, DataError, SampleSettings
 from ospnext.data.guard import Guard, Stuck
 from ospnext.data.loader import Loader, open_loader
 from ospnext.data.records import ClipRecord, Crop
+from ospnext.data.sampler import Steps
 from ospnext.data.store import write_store
 from ospnext.media import read_video
 
@@ -113,6 +115,32 @@ def test_another_number_of_ranks_reads_the_very_next_samples(sound: Path) -> Non
     one.load_state_dict(two[1].state_dict())
     tail = videos([one], 2)
     assert all(torch.equal(a, b) for a, b in zip(head + tail, whole, strict=True))
+
+
+def stateful(store: Path, batch_size: int, rank: int, world: int, workers: int) -> StatefulDataLoader:
+    source = loader(store, batch_size=batch_size, rank=rank, world=world)
+    context = "forkserver" if workers else None
+    return StatefulDataLoader(
+        source.dataset,
+        batch_sampler=Steps(source.sampler),
+        collate_fn=Collate(ByT5Tokenizer(), 24),
+        num_workers=workers,
+        multiprocessing_context=context,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchdatas_stateful_loader_resumes_too(sound: Path, workers: int) -> None:
+    whole = take(loader(sound, batch_size=1), 6)
+    rank = stateful(sound, 1, 0, 2, workers)
+    batches = iter(rank)
+    head = [next(batches) for _ in range(2)]
+    assert same(head, whole[:4:2])
+    one = stateful(sound, 1, 0, 1, workers)  # goes on alone from what one of two ranks saved
+    one.load_state_dict(rank.state_dict())
+    batches = iter(one)
+    assert same([next(batches) for _ in range(2)], whole[4:])
 
 
 def test_a_state_of_other_data_is_refused(sound: Path, corpus: Corpus, tmp_path: Path) -> None:

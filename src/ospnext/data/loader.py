@@ -6,9 +6,9 @@
         ...
         state = loader.state_dict()  # after this batch, whatever the workers have read ahead
 
-Why torch's DataLoader and not torchdata's StatefulDataLoader: that one saves the state of every worker of every rank,
-which fits only as many workers and ranks, and replays the sampler to resume. Here samples are functions of (seed,
-epoch, index) and the order one of a ``Progress``: a few numbers, the same on all ranks, say it all.
+Why torch's DataLoader and not torchdata's StatefulDataLoader: that one saves the state of every worker too, which fits
+only as many workers. Here samples are functions of (seed, epoch, index) and the order one of a ``Progress``: a few
+numbers, the same on all ranks, say it all. ``sampler.Steps`` resumes in a StatefulDataLoader in the same way.
 """
 
 import logging
@@ -34,7 +34,7 @@ from ospnext.data.dataset import (
     RandomDataset,
     SampleSettings,
 )
-from ospnext.data.sampler import Draw, Progress, Sampler
+from ospnext.data.sampler import Draw, Sampler, Steps
 from ospnext.data.store import ClipStore, StoreError
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Loader:
             DataError: too many clips in a row cannot be read, or a process that reads them died.
             StoreError: the store was replaced or is damaged.
         """
-        ahead = _Ahead(self.sampler, self.progress)
+        ahead = Steps(self.sampler, self.progress)
         batches = iter(DataLoader(_Attempts(self.dataset), batch_sampler=ahead, **self._arguments))
         while True:
             with naming_dead_workers():
@@ -192,19 +192,6 @@ class _Collated:
     def __call__(self, samples: list[Any]) -> Any:
         error = next((sample for sample in samples if isinstance(sample, Exception)), None)
         return self.collate(samples) if error is None else error
-
-
-class _Ahead:
-    """The draws of all coming batches: what the workers read ahead, while ``Loader.progress`` waits for the trainer."""
-
-    def __init__(self, sampler: Sampler, progress: Progress) -> None:
-        self.sampler, self.progress = sampler, progress
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        while True:
-            step = self.sampler.step(self.progress)
-            self.progress = step.after
-            yield step.draws
 
 
 def open_loader(

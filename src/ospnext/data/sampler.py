@@ -6,7 +6,7 @@ is the same whatever the number of ranks. The whole state is a ``Progress``: the
 group by all ranks together. A run that goes on from it, with as many ranks or others, takes the very next clips.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,3 +159,35 @@ class Sampler:
                 for place, group in enumerate(self.groups)
             ]
         return self._orders[epoch]
+
+
+class Steps:
+    """What one rank takes in all coming steps, without end: the ``batch_sampler`` of a DataLoader.
+
+    A DataLoader with workers reads ahead of the training. ``Loader`` counts what was trained on; torchdata's
+    StatefulDataLoader keeps the state that belongs to each batch. Either goes on from it with any number of ranks.
+
+    Attributes:
+        progress: when the last step that was drawn is taken.
+    """
+
+    def __init__(self, sampler: Sampler, progress: Progress | None = None) -> None:
+        self.sampler, self.progress = sampler, progress or sampler.start
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        while True:
+            step = self.sampler.step(self.progress)
+            self.progress = step.after
+            yield step.draws
+
+    def state_dict(self) -> dict[str, Any]:
+        """``progress`` in plain values, the same on every rank."""
+        return self.sampler.state_dict(self.progress)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after ``state``.
+
+        Raises:
+            ValueError: it is of another order.
+        """
+        self.progress = self.sampler.load_state_dict(state)
