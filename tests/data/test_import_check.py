@@ -14,7 +14,7 @@ from corpus import Corpus
 from PIL import Image, ImageFont
 
 from ospnext.cli import main
-from ospnext.data.check import _lines
+from ospnext.data.check import _font, _lines
 from ospnext.data.importing import ImportConfig, run
 from ospnext.data.records import ClipRecord
 from ospnext.data.store import ClipStore, StoreError, write_store
@@ -138,6 +138,13 @@ def test_check_draws_the_sound_and_names_the_damaged(
     write_store(tmp_path / "clips", [*sound, ClipRecord(str(corpus.path("truncated.mp4")), ("b",), 96, 128, 24.0, 48)])
     assert main(["data", "check", str(tmp_path / "clips")]) == 2
     assert "1 of 4 clips do not decode" in capsys.readouterr().err
+
+
+def test_chinese_without_a_font_is_said(tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path, [ClipRecord(str(corpus.path("h264.mp4")), ("一只猫",), 96, 128, 24.0, 48)])
+    assert main(["data", "check", str(tmp_path)]) == 0
+    installed = isinstance(getattr(_font(11), "path", None), str)
+    assert ("drawn as boxes" in capsys.readouterr().out) != installed
 
 
 def test_captions_break_where_they_must() -> None:

@@ -81,7 +81,10 @@ def run(config: CheckConfig) -> str:
     if failed:
         named = "; ".join(f"{clip.path} ({found.reason}: {found.detail})" for clip, found in list(failed.items())[:5])
         raise StoreError(f"{len(failed)} of {len(clips)} clips do not decode: {named}; see {sheet}")
-    return f"{len(clips)} of {len(store)} clips were decoded, all are sound; see {sheet}"
+    installed = isinstance(getattr(_font(11), "path", None), str)
+    boxes = not installed and any(sign >= "\u2e80" for clip, _ in rows for text in clip.captions[:1] for sign in text)
+    note = " (Chinese is drawn as boxes: install a font for it, such as Noto Sans CJK)" if boxes else ""
+    return f"{len(clips)} of {len(store)} clips were decoded, all are sound; see {sheet}{note}"
 
 
 class Thumbnails(NamedTuple):
