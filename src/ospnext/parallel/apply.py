@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ospnext.parallel.amax import share_amax
 from ospnext.parallel.fsdp import Copies, Sharding, fit_copies, offload_notice, shard_transformer
 from ospnext.parallel.mesh import Mesh, Sizes, check_segments, fit_sizes
 from ospnext.parallel.ownership import segment_count
@@ -109,6 +110,7 @@ def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
     model.switch = ShardedSwitch(mesh.sharing)
     for block in model.blocks:
         block.self_attn.attend = ShardedAttend(block.self_attn.attend)
+    share_amax(model, mesh.sharing.group)
 
 
 def compile_blocks(model: Any, backend: str) -> None:

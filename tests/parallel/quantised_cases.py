@@ -1,0 +1,45 @@
+"""What the test of 8-bit layers on many processes runs in each of them."""
+
+import torch
+import torch.distributed as dist
+from sequence_cases import Setting, mesh_of
+
+from ospnext.parallel.amax import scaling_layers
+from ospnext.parallel.apply import apply_sequence_parallel
+from ospnext.parallel.mesh import Sizes
+from ospnext.quant.apply import quantize
+from ospnext.quant.config import QuantConfig
+
+
+def outliers(setting: Setting) -> tuple[torch.Tensor, ...]:
+    """Inputs of a setting whose first patch is far larger than all others: one process owns it."""
+    latents, timestep, text = (x.float() for x in setting.inputs())
+    latents[:, :, 0, :2, :2] *= 30
+    return latents, timestep, text
+
+
+def step(setting: Setting, mesh: Sizes | None, attention: bool, shared: bool = True) -> dict[str, torch.Tensor]:
+    """Output and gradients of a quantised model, summed over the processes of the sequence."""
+    model = setting.model().float()
+    quantize(model, QuantConfig(attention=attention))
+    if mesh is not None:
+        apply_sequence_parallel(model, mesh_of(mesh))
+        if not shared:
+            for layer in scaling_layers(model):
+                layer.reduce_amax = None
+    out = model(*outliers(setting)).sample
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    found = {"output": out.detach()}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        if mesh is not None:
+            dist.all_reduce(gradient, group=mesh_of(mesh).sequence.get_group())
+        found[name] = gradient
+    return found
+
+
+def errors(rank: int, sizes: Sizes, setting: Setting, attention: bool, shared: bool) -> dict[str, float]:
+    """How far each result is from one device's, by its norm."""
+    ours, theirs = step(setting, sizes, attention, shared), step(setting, None, attention)
+    return {name: float((value - theirs[name]).norm() / theirs[name].norm()) for name, value in ours.items()}
