@@ -1,8 +1,9 @@
 """The plan's times beside measured ones: measured, H100 80GB HBM3, PyTorch 2.11, CUDA 13.0, medians.
 
-One forward pass of the 14B transformer, batch 1, no guidance. "peer" is diffusers' WanTransformer3DModel with cuDNN
-attention, "sparse" the same blocks with Skiparse attention in 32 of 40. The two rates for elementwise work come from
-the peer at 720P; nothing else here was used to set a rate.
+One forward pass, batch 1, no guidance. ``FACTS`` are of diffusers' 14B WanTransformer3DModel with cuDNN attention, and
+"sparse" the same blocks with Skiparse attention in 32 of 40. ``OURS`` are of ``benchmarks/dit_step.py``, memory too
+(docs/data/h100_dit_step.jsonl). The rates for elementwise work come from the peer and from ours at 720P; nothing else
+here was used to set a rate.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from ospnext.ops.layout import Grid, Layout, block_layouts
 from ospnext.prepare.plan_devices import find_device
+from ospnext.prepare.plan_memory import phases
+from ospnext.prepare.plan_mesh import Mesh
+from ospnext.prepare.plan_recipe import make_recipe, read_config
+from ospnext.prepare.plan_time import step_seconds
 from ospnext.prepare.plan_trace import Watch, watch_call
 from ospnext.prepare.plan_traffic import Sequence
 from ospnext.prepare.plan_work import block_flops
@@ -48,9 +53,9 @@ def predicted_ms(fact: Measured) -> float:
     flops = [block_flops(SETTINGS, sequence.busiest(layout), 1) for layout in layouts]
     linears = sum(f.linear for f in flops) / device.linear(torch.bfloat16)
     attention = sum(f.attention for f in flops) / device.attention("cudnn", torch.bfloat16)
-    moved = 40 * peer_traffic(grid.tokens, fact.compiled) / device.bandwidth(fact.compiled)
+    moved = 40 * peer_traffic(grid.tokens, fact.compiled) / device.bandwidth("compiled" if fact.compiled else "eager")
     changes = sum(a is not b for a, b in zip((Layout.FULL, *layouts), (*layouts, Layout.FULL), strict=True))
-    switches = changes * 2 * grid.tokens * SETTINGS["dim"] * 2 / device.bandwidth(False)
+    switches = changes * 2 * grid.tokens * SETTINGS["dim"] * 2 / device.bandwidth("eager")
     return 1e3 * (linears + attention + moved + switches)
 
 
@@ -77,3 +82,37 @@ def test_the_gain_of_sparse_blocks_is_what_was_measured() -> None:
     for size, gain in {"720P": 1.78, "768P": 1.79}.items():
         dense, sparse = (predicted_ms(Measured(size, sparse, True, 0)) for sparse in (False, True))
         assert abs(dense / sparse / gain - 1) < 0.05
+
+
+class Ours(NamedTuple):
+    """One timing of ours, as sampling runs, and the largest sum of tensors."""
+
+    recipe: str
+    size: tuple[int, int]
+    sparse: bool
+    ms: float
+    gb: float
+
+
+OURS = [
+    Ours("osp_14b", (720, 1280), True, 6178, 34.83),
+    Ours("osp_14b", (768, 1344), True, 7450, 35.60),
+    Ours("osp_1_3b", (480, 832), True, 309.5, 4.05),
+    Ours("osp_1_3b", (480, 832), False, 501.0, 4.00),
+]
+
+
+@pytest.mark.parametrize("fact", OURS, ids=lambda f: f"{f.recipe}-{f.size[0]}-sparse={f.sparse}")
+def test_a_step_of_ours_takes_the_time_and_memory_that_were_measured(fact: Ours) -> None:
+    words = [f"height={fact.size[0]}", f"width={fact.size[1]}", "num_frames=81", "guidance_mode=sequential"]
+    words += [] if fact.sparse else ["model_config.skiparse_model_type=full", "model_config.num_full_blocks=0"]
+    device = find_device("h100")
+    recipe = make_recipe(read_config(f"configs/generate/{fact.recipe}.yaml", words, "generate"), device)
+    alone = Mesh(1, 1, 1, 1, 1, 1)
+    ms = 1e3 * step_seconds(recipe, alone, device).total / 2  # of two passes
+    denoising = next(phase for phase in phases(recipe, alone, device) if phase.name == "denoise")
+    without = ("autoencoder", "text encoder")  # the benchmark has a transformer alone
+    gb = sum(nbytes for part, nbytes in denoising.parts.items() if part not in without) / 1e9
+    print(f"{fact}: predicted {ms:.0f} ms, {ms / fact.ms - 1:+.1%}; {gb:.2f} GB, {gb / fact.gb - 1:+.1%}")
+    assert abs(ms / fact.ms - 1) < 0.2
+    assert abs(gb / fact.gb - 1) < 0.1

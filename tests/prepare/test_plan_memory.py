@@ -91,7 +91,8 @@ data_config: {batch_size: 2, dataset_config: {sample_num_frames: 13, sample_heig
 def test_a_whole_model_keeps_what_the_plan_says(checkpointing: bool, tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text(TRAIN)
     recipe = make_recipe(
-        read_config(str(tmp_path / "train.yaml"), [f"gradient_checkpointing={str(checkpointing).lower()}"], None)
+        read_config(str(tmp_path / "train.yaml"), [f"gradient_checkpointing={str(checkpointing).lower()}"], None),
+        find_device("h100"),
     )
     parts = phases(recipe, Mesh(1, 1, 1, 1, 1, 1), find_device("h100"))[0].parts
     model = OSPNextTransformer3DModel(**recipe.settings).train()

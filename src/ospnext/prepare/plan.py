@@ -95,7 +95,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """
     device = find_device(config.accelerator)
     wanted = read_config(config.config, config.overrides, config.kind)
-    recipe = make_recipe(wanted)
+    recipe = make_recipe(wanted, device)
     world = config.world or _world(wanted)
     chosen, refusal = None, ""
     try:

@@ -23,15 +23,20 @@ _PEAKS = {
     "attention_flash2": "peak_bf16",
     "bandwidth_eager": "peak_bandwidth",
     "bandwidth_fused": "peak_bandwidth",
+    "bandwidth_kernels": "peak_bandwidth",
+    "convolution_bf16": "peak_bf16",
+    "convolution_fp32": "peak_bf16",  # TF32, which convolutions use by default
+    "link_inside": "peak_link_inside",
 }
 _ASSUMED_SHARES = {
     "linear_fp32": ("peak_fp32", 0.7),
     "attention_fp32": ("peak_fp32", 0.4),
-    "convolution_bf16": ("peak_bf16", 0.3),
-    "convolution_fp32": ("peak_bf16", 0.15),  # TF32, which convolutions use by default
-    "link_inside": ("peak_link_inside", 0.75),
     "link_between": ("peak_link_between", 0.75),
 }
+Code = Literal["eager", "compiled", "kernels"]
+"""How a block's operations between products and attention run: one by one, compiled, or in the kernels of ops/fused."""
+
+_WITHOUT_KERNELS = ("ascend910b",)
 _CUDNN = ("h100", "h200")  # where ``auto`` takes cuDNN's attention
 BACKWARD_SHARE = 0.8  # of an attention kernel's forward rate that its backward reaches; assumed
 RESERVED_GIB = 3.0  # driver, communication buffers, libraries' workspace and fragmentation; assumed
@@ -80,9 +85,14 @@ class Device:
         """FLOP/s of the autoencoder's convolutions."""
         return 1e12 * self["convolution_fp32" if dtype is torch.float32 else "convolution_bf16"]
 
-    def bandwidth(self, compiled: bool) -> float:
+    @property
+    def fuses(self) -> bool:
+        """Whether sampling has kernels of its own for what stands between products and attention."""
+        return self.name not in _WITHOUT_KERNELS
+
+    def bandwidth(self, code: Code) -> float:
         """Bytes a second that operations other than products and attention read and write."""
-        return 1e9 * self["bandwidth_fused" if compiled else "bandwidth_eager"]
+        return 1e9 * self[{"eager": "bandwidth_eager", "compiled": "bandwidth_fused"}.get(code, "bandwidth_kernels")]
 
     def link(self, processes: int) -> float:
         """Bytes a second that one process sends to others of a group of neighbouring ranks."""

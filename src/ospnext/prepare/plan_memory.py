@@ -144,7 +144,8 @@ def _head(recipe: Recipe, mesh: Mesh) -> Held:
 
 @lru_cache(maxsize=512)
 def _traced_head(recipe: Recipe, tokens: int, batch: int) -> Held:
-    return trace_head(recipe.settings, tokens, batch, recipe.dtype, recipe.kind == "train", False)  # never compiled
+    fused = recipe.code == "kernels"  # the head is never compiled
+    return trace_head(recipe.settings, tokens, batch, recipe.dtype, recipe.kind == "train", fused)
 
 
 def _own_tokens(recipe: Recipe, mesh: Mesh) -> int:
@@ -184,4 +185,4 @@ def _latents(recipe: Recipe) -> int:
 @lru_cache(maxsize=512)
 def _traced(recipe: Recipe, shared: Shared, batch: int) -> Held:
     training = recipe.kind == "train"
-    return trace_block(recipe.settings, shared, batch, recipe.dtype, training, recipe.compiled)
+    return trace_block(recipe.settings, shared, batch, recipe.dtype, training, recipe.code != "eager")

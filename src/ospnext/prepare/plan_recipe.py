@@ -26,6 +26,7 @@ from ospnext.generate.size import SizeStep, VideoSize, fit_size
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid
+from ospnext.prepare.plan_devices import Code, Device
 from ospnext.sections import RunConfig
 from ospnext.train.settings import TrainConfig
 
@@ -61,7 +62,7 @@ class Recipe:
         batched: both at once.
         steps: of sampling, or of training in all.
         kernel: attention kernel asked for.
-        compiled: whether blocks are compiled.
+        code: how blocks run.
         offload_text: the text encoder leaves the device once prompts are encoded.
         train_text: the text encoder is trained along.
         tiling: ``vae_tiling`` of generate.
@@ -82,7 +83,7 @@ class Recipe:
     batched: bool
     steps: int
     kernel: str
-    compiled: bool
+    code: Code
     offload_text: bool
     train_text: bool
     tiling: str
@@ -109,8 +110,8 @@ def read_config(path: str, overrides: Sequence[str], kind: Kind | None) -> RunCo
     return load_config(cls, path, overrides, key_rules(kind))
 
 
-def make_recipe(config: RunConfig) -> Recipe:
-    """What a configuration asks for.
+def make_recipe(config: RunConfig, device: Device) -> Recipe:
+    """What a configuration asks for on a kind of device.
 
     Raises:
         ValueError: sizes that do not go together, or a checkpoint that is none.
@@ -155,7 +156,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         batched=generate is not None and generate.guidance_mode == "batched",
         steps=steps,
         kernel=config.attention_kernel,
-        compiled=train is not None and train.compile,
+        code=_code(config, device),
         offload_text=generate is not None and generate.encoder_cpu_offload,
         train_text=train is not None and train.train_text_encoder,
         tiling=generate.vae_tiling if generate else "auto",
@@ -163,6 +164,12 @@ def make_recipe(config: RunConfig) -> Recipe:
         accumulation=train.gradient_accumulation_steps if train else 1,
         assumed=tuple(assumed),
     )
+
+
+def _code(config: RunConfig, device: Device) -> Code:
+    if isinstance(config, TrainConfig):
+        return "compiled" if config.compile else "eager"
+    return "kernels" if device.fuses else "eager"
 
 
 def _kind(path: str, given: set[str]) -> Kind:

@@ -138,6 +138,9 @@ def _option(plan: Plan, option: Option, whole: bool) -> dict[str, Any]:
     }
 
 
+_CODES = {"eager": "not compiled", "compiled": "compiled", "kernels": "fused kernels"}
+
+
 def _print_head(console: Console, plan: Plan, shown: Option) -> None:
     recipe, mesh = plan.recipe, shown.mesh
     frames, height, width = recipe.size
@@ -148,7 +151,7 @@ def _print_head(console: Console, plan: Plan, shown: Option) -> None:
         f"{recipe.batch}{', guided' if recipe.guided else ''}",
         "model": f"{count(recipe.transformer) / 1e9:.2f} billion parameters, {dense} dense "
         f"and {len(layouts) - dense} sparse blocks, {str(recipe.dtype).removeprefix('torch.')}, "
-        f"{'compiled' if recipe.compiled else 'eager'}",
+        f"{_CODES[recipe.code]}",
         "devices": f"{plan.world} x {plan.device.title}",
         "mesh": f"weights: fsdp {mesh.fsdp} x ddp {mesh.ddp}; work: dp {mesh.dp} x cfg {mesh.cfg} x ssp {mesh.ssp} x "
         f"ulysses {mesh.ulysses}",

@@ -133,8 +133,8 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     for held, number in held_by_blocks(recipe, mesh).items():
         moved += number * (held.forward_traffic * (1 + again) + held.backward_traffic)
     reordered = 2 * _reordered(recipe, mesh) * (1 + training)
-    bandwidth = device.bandwidth(recipe.compiled)
-    elementwise = times * (moved / bandwidth + reordered / device.bandwidth(False))
+    bandwidth = device.bandwidth(recipe.code)
+    elementwise = times * (moved / bandwidth + reordered / device.bandwidth("eager"))
     exchanges = (sent.attends + sent.switches) / device.link(mesh.ssp * mesh.ulysses)
     busy = linears + attention + elementwise + exchanges
     fetch = sent.gathers / device.link(mesh.fsdp)
@@ -142,7 +142,7 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     optimiser = 0.0
     if training:
         own = sharded(recipe.transformer, mesh.fsdp)
-        optimiser = own * 4 * _OPTIMISER_PASSES / device.bandwidth(False)
+        optimiser = own * 4 * _OPTIMISER_PASSES / device.bandwidth("eager")
     return Seconds(linears, attention, elementwise, exchanges, max(0.0, fetch + reduce - busy), optimiser)
 
 

@@ -8,8 +8,8 @@ Two ways to count:
 
 - **eager**: every tensor that is made counts from its birth to its end, and every operation but products and attention
   reads its inputs from memory and writes its outputs.
-- **fused**, what ``torch.compile`` comes close to: only tensors that a product, an attention or an exchange reads or
-  writes, and hidden states that live across one, are in memory at all.
+- **fused**, what ``torch.compile`` and the kernels of ``ops/fused.py`` come close to: only tensors that a product, an
+  attention or an exchange reads or writes, and hidden states that live across one, are in memory at all.
 """
 
 import math
@@ -222,18 +222,24 @@ class _Exchange(torch.autograd.Function):
 
 
 class _KernelsOnMeta(TorchFunctionMode):
-    """Stands in for kernels that the meta device lacks: it would make attention's whole matrix, a norm's every step."""
+    """Stands in for kernels that the meta device lacks: it would make attention's whole matrix, a norm's every step.
 
-    def __init__(self, watch: Watch) -> None:
+    With ``epilogue`` GELU is part of the product before it, as it is when sampling with fused kernels.
+    """
+
+    def __init__(self, watch: Watch, epilogue: bool) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch, self.epilogue = watch, epilogue
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             return _FusedAttention.apply(given["query"], given["key"], given["value"], self.watch)
         if func is F.rms_norm:
-            return _FusedNorm.apply(args[0], (kwargs or {})["weight"], self.watch)
+            weight = args[2] if len(args) > 2 else (kwargs or {})["weight"]
+            return _FusedNorm.apply(args[0], weight, self.watch)
+        if func is F.gelu and self.epilogue:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -285,7 +291,8 @@ def trace_block(
     watch = Watch(dtype)
     block.self_attn.attend = _Ulysses(shared, watch)
     block.cross_attn.attend = _Ulysses(shared, watch)
-    return watch_call(watch, lambda: block(x, time, text, rope, shared.segments), x, [*block.parameters()], fused)
+    call, weights = partial(block, x, time, text, rope, shared.segments), [*block.parameters()]
+    return watch_call(watch, call, x, weights, fused, epilogue=fused and not training)
 
 
 def trace_head(
@@ -299,10 +306,12 @@ def trace_head(
     return watch_call(Watch(dtype), lambda: head(x, time), x, [*head.parameters()], fused)
 
 
-def watch_call(watch: Watch, call: Callable[[], Tensor], x: Tensor, weights: Sequence[Tensor], fused: bool) -> Held:
+def watch_call(
+    watch: Watch, call: Callable[[], Tensor], x: Tensor, weights: Sequence[Tensor], fused: bool, epilogue: bool = False
+) -> Held:
     """Call a block under a watch, and its backward pass where its input ``x`` wants a gradient."""
     training = x.requires_grad
-    with torch.set_grad_enabled(training), watch, _KernelsOnMeta(watch):
+    with torch.set_grad_enabled(training), watch, _KernelsOnMeta(watch, epilogue):
         for weight in weights:
             watch.see(weight).size = 0  # counted elsewhere
         watch.see(x).anchored = True  # it comes from another block
