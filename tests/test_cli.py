@@ -12,6 +12,7 @@ import pytest
 from ospnext import __version__
 from ospnext.cli import COMMANDS, explain, is_first, main, old_variables, read_config, world_size
 from ospnext.config import ConfigError, config_keys
+from ospnext.parallel.launch import Launch, read_launch
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
@@ -98,12 +99,23 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"ospnext {__version__}\n"
 
 
-def test_several_processes_are_refused_by_the_first_alone(tmp_path):
+def test_variables_that_are_not_torchruns_are_refused_by_the_first_alone(tmp_path):
     first = ospnext("generate", "--prompt", "a", cwd=tmp_path, WORLD_SIZE="4", RANK="0")
     assert first.returncode == 2
-    assert "4 were started (WORLD_SIZE): start it without torchrun" in first.stderr
+    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun, or unset WORLD_SIZE" in first.stderr
     other = ospnext("generate", "--prompt", "a", cwd=tmp_path, WORLD_SIZE="4", RANK="1")
     assert (other.returncode, other.stderr) == (2, "")
+
+
+def test_torchruns_variables_say_who_is_who():
+    assert read_launch({"RANK": "3"}) == Launch()
+    there = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert read_launch(there) == Launch(3, 4, 1)
+    assert not read_launch(there).first
+    with pytest.raises(ValueError, match="RANK is 'x': it should be a whole number"):
+        read_launch(there | {"RANK": "x"})
+    with pytest.raises(ValueError, match="RANK 4 of WORLD_SIZE 4: start with torchrun"):
+        read_launch(there | {"RANK": "4"})
 
 
 def test_processes_are_counted_by_torchruns_variables():
@@ -118,8 +130,13 @@ def test_processes_are_counted_by_torchruns_variables():
 def test_variables_of_older_scripts_lead_to_torchruns_options():
     assert old_variables({"HOME": "x"}) == []
     warnings = "\n".join(old_variables({"NPRC_PER_NODE": "8", "PET_NNODES": "2"}))
-    assert "--nproc-per-node" in warnings
-    assert "--nnodes" in warnings
+    assert "NPRC_PER_NODE is not read: give torchrun --nproc-per-node" in warnings
+    assert "PET_NNODES is not read: give torchrun --nnodes" in warnings
+    assert old_variables({"NNODES": "2", "RANK": "1"}) == [
+        "warning: NNODES is not read: give torchrun --nnodes",
+        "warning: RANK is not read: give torchrun --node-rank",
+    ]
+    assert old_variables({"RANK": "1", "WORLD_SIZE": "2", "PET_NNODES": "2"}) == [], "they are torchrun's"
 
 
 def test_words_become_a_config(tmp_path):

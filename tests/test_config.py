@@ -197,46 +197,28 @@ def test_names_of_numbers_and_kernels_are_those_the_code_knows():
 
 
 def test_one_process_shrinks_parallel_sizes_and_says_so():
-    config = RunConfig(fsdp_size=8, sp_size=4, use_sequence_parallel=True).fitted(1)
+    config = RunConfig(fsdp_size=8, sp_size=4, use_sequence_parallel=True, explicit_prefetching_num_blocks=2).alone()
     assert (config.fsdp_size, config.ddp_size, config.sp_size, config.skiparse_sp_size) == (1, 1, 1, 1)
+    assert config.cfg_parallel_size == 1
     assert not config.use_sequence_parallel
-    assert config.notices == ("one process: fsdp_size 8, sp_size 4 become 1",)
-    assert RunConfig().fitted(1).notices == ()
-
-
-def test_sizes_that_fit_several_processes():
-    config = RunConfig(fsdp_size=8, skiparse_sp_size=4, use_skiparse_sequence_parallel=True)
-    assert config.fitted(16).ddp_size == 2
-    assert config.fitted(4).fsdp_size == 4
-    assert RunConfig(sp_size=3).fitted(8).fsdp_size == 8  # not used, so it need not fit
+    assert config.notices == (
+        "one process: fsdp_size 8, sp_size 4 become 1",
+        "explicit_prefetching_num_blocks has no effect here: the model is whole in one process, nothing is sharded",
+    )
+    assert RunConfig().alone().notices == ()
 
 
 @pytest.mark.parametrize(
-    ("settings", "world_size", "message"),
-    [
-        ({"fsdp_size": 8}, 12, "fsdp_size 8 does not divide 12 processes: 6 fits"),
-        ({"fsdp_size": 4, "ddp_size": 3}, 8, "ddp_size 3 times fsdp_size 4 is not 8 processes: 2 fits"),
-        ({"sp_size": 3, "use_sequence_parallel": True}, 8, "sp_size 2 with skiparse_sp_size 1 fits"),
-        (
-            {"skiparse_sp_size": 3, "use_skiparse_sequence_parallel": True},
-            6,
-            "3 does not divide the 4 segments: 2 fits",
-        ),
-        (
-            {
-                "skiparse_sp_size": 4,
-                "use_skiparse_sequence_parallel": True,
-                "sp_size": 4,
-                "use_sequence_parallel": True,
-            },
-            8,
-            "sp_size 2 with skiparse_sp_size 4 fits",
-        ),
-    ],
+    ("settings", "world_size", "shards"), [({}, 16, 8), ({}, 12, 6), ({}, 3, 3), ({"fsdp_size": 8}, 12, 8)]
 )
-def test_sizes_that_do_not_fit_name_some_that_do(settings, world_size, message):
-    with pytest.raises(ConfigError, match=message):
-        RunConfig(**settings).fitted(world_size)
+def test_shards_that_nobody_chose_fit(settings, world_size, shards):
+    assert RunConfig(**settings).shards(world_size) == shards
+
+
+def test_sizes_count_where_they_are_asked_for():
+    assert RunConfig(sp_size=3, skiparse_sp_size=4).sequence == (1, 1)
+    assert RunConfig(sp_size=3, skiparse_sp_size=4, use_skiparse_sequence_parallel=True).sequence == (4, 1)
+    assert RunConfig(sp_size=3, use_sequence_parallel=True).sequence == (1, 3)
 
 
 def test_architecture_holds_what_was_given():

@@ -134,8 +134,10 @@ def test_the_seed_generate_config_means_what_it_says():
         "num_full_blocks": 8,
         "text_len": 512,
     }
-    assert config.fitted(1).notices[-1] == "one process: fsdp_size 8, sp_size 4, skiparse_sp_size 4 become 1"
-    assert config.fitted(8).skiparse_sp_size == 4
+    *_, sizes, prefetching = config.alone().notices
+    assert sizes == "one process: fsdp_size 8, sp_size 4, skiparse_sp_size 4 become 1"
+    assert prefetching.startswith("explicit_prefetching_num_blocks has no effect here")
+    assert (config.sequence, config.shards(8)) == ((4, 1), 8)
 
 
 def test_the_seed_train_config_means_what_it_says():

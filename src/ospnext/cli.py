@@ -3,6 +3,9 @@
 ``ospnext COMMAND [CONFIG.yaml] [key=value ...]``; ``ospnext --help`` lists the commands. Modules are imported when they
 are needed, so that help is quick. No other module reads the environment. Exit codes: 0 done, 2 bad input (one line on
 stderr), 130 interrupted.
+
+``torchrun --nproc-per-node 8 -m ospnext COMMAND ...`` runs a command on many processes: bad input is still one line, of
+the first one; a process that fails by itself says which it is.
 """
 
 import argparse
@@ -10,6 +13,8 @@ import io
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -30,6 +35,7 @@ class Command(NamedTuple):
         examples: command lines, without the program's name.
         reports: whether its run says itself, in a report, what the configuration has to say (``notices``).
         rest: the key that takes ``key=value`` words which are not its own; "" where there is none.
+        many: whether it runs on many processes: its run takes the ``Launch`` too.
     """
 
     summary: str
@@ -40,6 +46,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...] = ()
     reports: bool = False
     rest: str = ""
+    many: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -54,6 +61,7 @@ COMMANDS: dict[str, Command] = {
             "generate configs/generate/osp_14b.yaml scheduler_config.num_inference_steps=30 seed=7",
         ),
         reports=True,
+        many=True,
     ),
     "train": Command(
         "train the transformer on videos",
@@ -131,7 +139,13 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-OLD_VARIABLES = {"NPRC_PER_NODE": "--nproc-per-node", "PET_NNODES": "--nnodes"}
+OLD_VARIABLES = {
+    "NPRC_PER_NODE": "--nproc-per-node",
+    "NNODES": "--nnodes",
+    "PET_NNODES": "--nnodes",
+    "RANK": "--node-rank",
+}
+LINGER = 20.0  # seconds in which the launcher may end a process that has lost another
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,9 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(overview())
         elif name == "--version":
             print(f"ospnext {__version__}")
+        elif world_size(os.environ) > 1:
+            return _run_among_many(words)
         else:
-            count = 2 if " ".join(words[:2]) in COMMANDS else 1
-            _run(" ".join(words[:count]), words[count:])
+            _run(words)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -168,29 +183,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, words: Sequence[str]) -> None:
-    if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
-    if "-h" in words or "--help" in words:
+def _run(words: Sequence[str]) -> None:
+    name, command, rest = find_command(words)
+    for line in old_variables(os.environ):
+        print(line, file=sys.stderr)
+    if "-h" in rest or "--help" in rest:
         print_help(name, command)
         return
-    if is_first(os.environ):
-        for line in old_variables(os.environ):
-            print(line, file=sys.stderr)
-    if (processes := world_size(os.environ)) > 1:
-        raise ConfigError(
-            f"{name} runs in one process, but {processes} were started (WORLD_SIZE): start it without torchrun"
-        )
-    config = read_config(name, command, words)
+    config = read_config(name, command, rest)
     for line in () if command.reports else config.notices:
         print(f"note: {line}", file=sys.stderr)
     if (line := _load(command.run)(config)) is not None:
         print(line)
 
 
-def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
-    """The configuration a command line asks for, fitted to one process, without placeholders.
+def _run_among_many(words: Sequence[str]) -> int:
+    """As ``_run`` on one of many processes; returns the exit code."""
+    from ospnext.parallel.launch import RefusalError, agree, joined, part, read_launch
+
+    launch = read_launch(os.environ)
+    if "-h" in words or "--help" in words:
+        if launch.first:
+            _run(words)
+        return 0
+
+    def read() -> tuple[Command, Config]:
+        name, command, rest = find_command(words)
+        if not command.many:
+            raise ConfigError(
+                f"{name} runs in one process, but {launch.world} were started (WORLD_SIZE): start it without torchrun"
+            )
+        return command, read_config(name, command, rest, launch.world)
+
+    try:
+        with joined(launch):
+            for line in old_variables(os.environ) if launch.first else ():
+                print(line, file=sys.stderr)
+            command, config = agree(launch, read)
+            line = _load(command.run)(config, launch)
+            if launch.first and line is not None:
+                print(line)
+    except RefusalError as error:
+        if launch.first:
+            cause = error.__cause__
+            print(f"ospnext: error: {explain(cause if isinstance(cause, Exception) else error)}", file=sys.stderr)
+        part()  # once the first has spoken: the launcher ends all when one has ended
+        return 2
+    except BaseException as error:
+        _leave(launch, error, "--traceback" in words)
+    return 0
+
+
+def _leave(launch: Any, error: BaseException, show: bool) -> NoReturn:
+    """End this process at once, whatever the others do; they are the launcher's to end."""
+    from ospnext.parallel.launch import is_lost
+
+    if isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted", 130
+    elif is_lost(error) and not show:
+        line, code = "lost another process, which ended first", 1
+    else:
+        known = explain(error) if isinstance(error, ValueError | OSError | MemoryError | RuntimeError) else None
+        line, code = f"error: {known or type(error).__name__}", 1 if known is None else 2
+        if known is None or show:
+            traceback.print_exception(error)
+    print(f"ospnext: {launch}: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_lost(error):
+        time.sleep(LINGER)  # so that the launcher sees first who ended first
+    os._exit(code)  # no farewell: other processes' ends would be waited for
+
+
+def find_command(words: Sequence[str]) -> tuple[str, Command, Sequence[str]]:
+    """The command that words begin with, its name of one word or two, and the words that are left.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name = " ".join(words[:count])
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+    return name, COMMANDS[name], words[count:]
+
+
+def read_config(name: str, command: Command, words: Sequence[str], processes: int = 1) -> Config:
+    """The configuration a command line asks for, fitted to one process if it runs on one, without placeholders.
 
     Raises:
         ConfigError: a word, key or value that does not belong.
@@ -229,7 +308,7 @@ def read_config(name: str, command: Command, words: Sequence[str]) -> Config:
     exact = [(key, value) for key, value in values.items() if value is not None]
     config = load_config(cls, path, [*overrides, *exact], key_rules(name))
     refuse_placeholders(config)
-    return config.fitted(1) if isinstance(config, RunConfig) else config
+    return config.alone() if isinstance(config, RunConfig) and processes == 1 else config
 
 
 def world_size(environment: Mapping[str, str]) -> int:
@@ -250,11 +329,15 @@ def is_first(environment: Mapping[str, str]) -> bool:
 
 
 def old_variables(environment: Mapping[str, str]) -> list[str]:
-    """A warning for each variable of older launch scripts that is set and not read."""
+    """A warning for each variable of older launch scripts that is set and not read.
+
+    Under torchrun, RANK is its own, and PET_NNODES is a name that it knows.
+    """
+    launched = environment.get("WORLD_SIZE", "1") not in ("", "1")
     return [
         f"warning: {name} is not read: give torchrun {option}"
         for name, option in OLD_VARIABLES.items()
-        if name in environment
+        if name in environment and not (launched and name in ("RANK", "PET_NNODES"))
     ]
 
 

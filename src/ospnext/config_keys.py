@@ -13,7 +13,7 @@ from ospnext.config import Fate, KeyRule
 Row = tuple[tuple[str, ...], str, KeyRule]
 
 _RUN = "generate train rl"
-_ONE_PROCESS = "the model is whole in one process, nothing is sharded"
+_SHARED_ALIKE = "the text encoder is shared by as many ranks as the transformer: fsdp_size"
 _TEXT_TO_VIDEO = "text to video is the only task"
 _UNREAD = "nothing reads it, there or here"
 _NO_EIGHT_BIT = "the model runs in weight_dtype"
@@ -54,7 +54,7 @@ _TABLE: tuple[Row, ...] = (
     *_mapped(_RUN, "fsdp_size ddp_size sp_size skiparse_sp_size"),
     *_mapped(_RUN, "use_sequence_parallel use_skiparse_sequence_parallel"),
     *_no_effect(_RUN, "task pipeline_name", _TEXT_TO_VIDEO),
-    *_no_effect(_RUN, "reshard_after_forward explicit_prefetching_num_blocks model_cpu_offload", _ONE_PROCESS),
+    *_mapped(_RUN, "reshard_after_forward explicit_prefetching_num_blocks model_cpu_offload"),
     *_no_effect(_RUN, "save_with_dcp_api", "a checkpoint says by itself how it was written"),
     *_mapped("generate rl", "encoder_cpu_offload"),
     *_no_effect("train", "encoder_cpu_offload", "latents are made once, before training"),
@@ -86,7 +86,7 @@ _TABLE: tuple[Row, ...] = (
     # Encoders
     *_mapped(_RUN, "vae_path dtype", "vae_config"),
     *_mapped(_RUN, "text_len checkpoint_path text_tokenizer_path dtype", "text_encoder_config"),
-    *_no_effect(_RUN, "use_fsdp", _ONE_PROCESS, "text_encoder_config"),
+    *_no_effect(_RUN, "use_fsdp", _SHARED_ALIKE, "text_encoder_config"),
     # Noise levels
     *_mapped(_RUN, "scheduler_name shift", "scheduler_config"),
     *_mapped("generate", "num_inference_steps guidance_scale", "scheduler_config"),

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ospnext.config import Config, ConfigError
+from ospnext.config import Config
 
 DType = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4"]
@@ -87,6 +87,30 @@ class ParallelConfig(Config):
     use_skiparse_sequence_parallel: bool = Field(
         default=False, description="split sequences over skiparse_sp_size ranks"
     )
+    cfg_parallel_size: int = Field(
+        default=1, ge=1, le=2, description="2: the halves of guidance on ranks of their own; only in sampling"
+    )
+    reshard_after_forward: bool | None = Field(
+        default=None, description="free gathered weights after each block; default: true. With fsdp_size above 1"
+    )
+    explicit_prefetching_num_blocks: int = Field(
+        default=0, ge=0, description="blocks whose weights are gathered ahead; 0: FSDP2's own order"
+    )
+    model_cpu_offload: bool = Field(
+        default=False, description="keep the transformer in host memory while it is not needed"
+    )
+
+    @property
+    def sequence(self) -> tuple[int, int]:
+        """Sub-groups and ranks of each that share a video's tokens: ``(ssp, ulysses)``."""
+        ulysses = self.sp_size if self.use_sequence_parallel else 1
+        return self.skiparse_sp_size if self.use_skiparse_sequence_parallel else 1, ulysses
+
+    def shards(self, world_size: int) -> int:
+        """Ranks that share one copy of the weights: ``fsdp_size``, at most all; where nobody chose, one that fits."""
+        if "fsdp_size" in self.model_fields_set:
+            return min(self.fsdp_size, world_size)
+        return next(n for n in range(min(self.fsdp_size, world_size), 0, -1) if world_size % n == 0)
 
 
 class RunConfig(ParallelConfig):
@@ -121,51 +145,17 @@ class RunConfig(ParallelConfig):
             raise ValueError(f"model_config.text_len is {read}, but text_encoder_config.text_len is {encoded}")
         return self
 
-    def fitted(self, world_size: int) -> Self:
-        """This configuration for that many processes; what one process shrinks is said in ``notices``.
-
-        Raises:
-            ConfigError: the sizes do not fit; names a choice that does.
-        """
-        if world_size == 1:
-            return self._alone()
-        sequence = self._sequence_ranks(world_size)
-        fsdp = min(self.fsdp_size, world_size)
-        if world_size % fsdp:
-            raise ConfigError(f"fsdp_size {fsdp} does not divide {world_size} processes: {_use(fsdp, world_size)} fits")
-        copies = world_size // fsdp
-        if self.ddp_size not in (None, copies):
-            raise ConfigError(
-                f"ddp_size {self.ddp_size} times fsdp_size {fsdp} is not {world_size} processes: {copies} fits"
-            )
-        lines = [f"{world_size} processes: fsdp_size {fsdp}, ddp_size {copies}, ranks per sequence {sequence}"]
-        return self.model_copy(update={"fsdp_size": fsdp, "ddp_size": copies}).with_notices(lines)
-
-    def _alone(self) -> Self:
-        sizes = ("fsdp_size", "ddp_size", "sp_size", "skiparse_sp_size")
+    def alone(self) -> Self:
+        """This configuration for one process; what that shrinks is said in ``notices``."""
+        sizes = ("fsdp_size", "ddp_size", "sp_size", "skiparse_sp_size", "cfg_parallel_size")
         shrunk = [f"{name} {getattr(self, name)}" for name in sizes if name in self.model_fields_set]
         shrunk = [text for text in shrunk if text.split()[1] not in ("1", "None")]
-        off = {"use_sequence_parallel": False, "use_skiparse_sequence_parallel": False}
         lines = [f"one process: {', '.join(shrunk)} {'become' if len(shrunk) > 1 else 'becomes'} 1"] if shrunk else []
-        return self.model_copy(update=dict.fromkeys(sizes, 1) | off).with_notices(lines)
-
-    def _sequence_ranks(self, world_size: int) -> int:
-        """Ranks that share one sequence, checked against the world and the sparse pattern."""
-        ulysses = self.sp_size if self.use_sequence_parallel else 1
-        sparse = self.skiparse_sp_size if self.use_skiparse_sequence_parallel else 1
-        segments = (self.transformer_config.sparse_ratio or 2) ** 2
-        if segments % sparse:
-            fit = _use(sparse, segments)
-            raise ConfigError(f"skiparse_sp_size {sparse} does not divide the {segments} segments: {fit} fits")
-        if world_size % (ulysses * sparse):
-            fit = _use(max(1, ulysses), max(1, world_size // sparse)) if world_size % sparse == 0 else 1
-            raise ConfigError(
-                f"sp_size {ulysses} times skiparse_sp_size {sparse} does not divide {world_size} processes: sp_size "
-                f"{fit} with skiparse_sp_size {sparse if world_size % sparse == 0 else 1} fits"
-            )
-        return ulysses * sparse
-
-
-def _use(wanted: int, whole: int) -> int:
-    """The largest divisor of ``whole`` that is at most ``wanted``."""
-    return next(size for size in range(min(wanted, whole), 0, -1) if whole % size == 0)
+        whole = {"reshard_after_forward": None, "explicit_prefetching_num_blocks": 0}
+        lines += [
+            f"{name} has no effect here: the model is whole in one process, nothing is sharded"
+            for name, without in whole.items()
+            if getattr(self, name) != without
+        ]
+        off = {"use_sequence_parallel": False, "use_skiparse_sequence_parallel": False}
+        return self.model_copy(update=dict.fromkeys(sizes, 1) | off | whole).with_notices(lines)

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from ospnext.cli import main
 from ospnext.generate import run as generate
-from ospnext.generate import sources
+from ospnext.generate import sources, videos
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import write_video
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         write_video(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "write_video", interrupt_at_second)
+        patch.setattr(videos, "write_video", interrupt_at_second)
         assert main(words) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
     assert {path.name for path in Path("out").iterdir()} == {"config.yaml", "manifest.json", "video_0.mp4"}

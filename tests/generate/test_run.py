@@ -13,7 +13,7 @@ from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.generate import run as generate
-from ospnext.generate import sources
+from ospnext.generate import sources, videos
 from ospnext.generate.manifest import only_run
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import run
@@ -77,7 +77,7 @@ def test_a_video_is_the_pipelines_own(make: Generate, model: Path, monkeypatch: 
         written.append(frames)
         write_video(path, frames, fps)
 
-    monkeypatch.setattr(generate, "write_video", watch)
+    monkeypatch.setattr(videos, "write_video", watch)
     make(prompt=("a red square", "two blue stars"), batch_size=2)
     pipe = OSPNextPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
@@ -185,14 +185,14 @@ def test_strange_videos_are_not_overwritten(make: Generate, tmp_path: Path) -> N
 
 
 def test_a_failure_keeps_what_is_done(make: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = generate.write_video
+    write = videos.write_video
 
     def fail_at_second(path: Path, *rest: Any) -> None:
         if path.name == "video_1.mp4":
             raise OSError(28, "No space left on device", str(path))
         write(path, *rest)
 
-    monkeypatch.setattr(generate, "write_video", fail_at_second)
+    monkeypatch.setattr(videos, "write_video", fail_at_second)
     with pytest.raises(OSError, match="No space"):
         make(prompt=("one", "two", "three"))
     assert [v["file"] for v in manifest_of(tmp_path / "out")["videos"]] == ["video_0.mp4"]

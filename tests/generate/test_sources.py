@@ -18,27 +18,28 @@ PARTS = {
 @pytest.mark.parametrize(
     ("free", "asked", "offloaded"),
     [
-        (52, False, set()),
-        (52, True, {"vae", "text_encoder"}),
-        (51, False, {"vae", "text_encoder"}),
-        (40, False, {"vae", "text_encoder"}),
-        (39, False, {"vae", "text_encoder", "transformer"}),
-        (30, False, {"vae", "text_encoder", "transformer"}),
+        (52, set(), set()),
+        (52, {"vae", "text_encoder"}, {"vae", "text_encoder"}),
+        (52, {"transformer"}, {"transformer"}),
+        (51, set(), {"vae", "text_encoder"}),
+        (40, set(), {"vae", "text_encoder"}),
+        (39, set(), {"vae", "text_encoder", "transformer"}),
+        (30, {"transformer"}, {"vae", "text_encoder", "transformer"}),
     ],
 )
 def test_offloading_follows_the_free_memory(
-    monkeypatch: pytest.MonkeyPatch, free: int, asked: bool, offloaded: set[str]
+    monkeypatch: pytest.MonkeyPatch, free: int, asked: set[str], offloaded: set[str]
 ) -> None:
     monkeypatch.setattr(sources, "free_memory", lambda device: 1000 if device.type == "cpu" else free)
-    assert sources.choose_offload(PARTS, torch.device("cuda"), asked) == offloaded
+    assert sources.choose_offload(PARTS, torch.device("cuda"), frozenset(asked)) == offloaded
 
 
 def test_what_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "free_memory", lambda device: 35)
     with pytest.raises(OutOfMemoryError, match="on cpu"):  # the device would do, but not the host beside it
-        sources.choose_offload(PARTS, torch.device("cuda"), asked=False)
+        sources.choose_offload(PARTS, torch.device("cuda"), frozenset())
     with pytest.raises(OutOfMemoryError, match="on cpu"):
-        sources.choose_offload(PARTS, torch.device("cpu"), asked=True)
+        sources.choose_offload(PARTS, torch.device("cpu"), frozenset(("vae",)))
 
 
 @pytest.mark.parametrize(

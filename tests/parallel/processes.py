@@ -27,7 +27,7 @@ class Processes:
         self.world = world
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(
-            ["ospnext.checkpoints.load", "ospnext.parallel.apply"]
+            ["ospnext.generate.run", "ospnext.parallel.apply"]
         )  # imported once, not once a process
         self._pipes, self._members = [], []
         for rank in range(world):

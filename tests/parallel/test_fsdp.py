@@ -113,8 +113,7 @@ def test_weights_are_gathered_ahead(
 def test_the_report_says_what_has_no_effect(processes: Group) -> None:
     for lines in processes(2).run(cases.report, ANY):
         assert lines == [
-            "videos: 1 at a time, each on cfg 1 x ssp 2 x ulysses 1 processes",
-            "weights: 1 copies in 2 shards",
+            "2 processes: one video at a time, on cfg 1 x ssp 2 x ulysses 1; weights in 2 shards",
             "blocks: not checkpointed, not compiled",
             "model_cpu_offload has no effect: the model runs on the CPU already",
         ]

@@ -23,7 +23,7 @@ from ospnext.checkpoints.components import load_pipeline_components, pipeline_fo
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.save import saving
 from ospnext.device import resolve_device
-from ospnext.flow.sample import GuidanceMode, StopSampling, denoise, guided
+from ospnext.flow.sample import BothHalves, GuidanceMode, StopSampling, denoise, guided
 from ospnext.generate.inputs import (
     CALLBACK_TENSORS,
     Conditioning,
@@ -37,6 +37,7 @@ from ospnext.generate.settings import WAN_SAMPLING, read_model_settings
 from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
 from ospnext.models.text import WAN_NEGATIVE_PROMPT, clean_wan, encode_prompts
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.models.vae_pieces import Team
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode
 
 _CLEANING: dict[str, Callable[[str], str]] = {"wan": clean_wan, "none": lambda text: text}
@@ -62,6 +63,9 @@ class OSPNextPipeline(DiffusionPipeline):
         decode_modes: ways the VAE may decode, best first; see ``models.video_vae.decode``.
         decode_mode: the way the last call took.
         offload: names of components that go back to the CPU when their work is done.
+        sharded: names of components whose weights processes share; they are never moved.
+        halves: how to get both halves of guidance, in place of a call's ``guidance_mode``.
+        team: who decodes along; then frames come out in the first of them alone, None in the others.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -91,6 +95,9 @@ class OSPNextPipeline(DiffusionPipeline):
         self.decode_modes: Sequence[DecodeMode] = DECODE_MODES
         self.decode_mode: DecodeMode | None = None
         self.offload: frozenset[str] = frozenset()
+        self.sharded: frozenset[str] = frozenset()
+        self.halves: BothHalves | None = None
+        self.team: Team | None = None
         self._device: torch.device | None = None
         self._guidance_scale = 0.0
         self._num_timesteps = 0
@@ -185,7 +192,7 @@ class OSPNextPipeline(DiffusionPipeline):
     def place(self, device: torch.device | str, offload: Iterable[str] = ()) -> None:
         """Compute on ``device``, but keep the components named in ``offload`` on the CPU while they are idle."""
         self._device, self.offload = torch.device(device), frozenset(offload)
-        for name in _MODULES:
+        for name in set(_MODULES) - self.sharded:
             getattr(self, name).to("cpu" if name in self.offload else self._device)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
@@ -204,6 +211,9 @@ class OSPNextPipeline(DiffusionPipeline):
     def _at_work(self, name: str) -> Iterator[nn.Module]:
         """The component on the execution device, and back on the CPU afterwards if it is one to be offloaded."""
         module = getattr(self, name)
+        if name in self.sharded:
+            yield module
+            return
         if module.device != self._execution_device:
             module.to(self._execution_device)
         try:
@@ -286,8 +296,10 @@ class OSPNextPipeline(DiffusionPipeline):
     def decode(self, latents: Tensor, output_type: str = "np") -> Any:
         """Videos from normalised latents, in the form of ``output_type``; see `__call__`."""
         with self._at_work("vae") as vae:
-            decoded = decode(vae, latents, self.decode_modes)
+            decoded = decode(vae, latents, self.decode_modes, self.team)
         self.decode_mode = decoded.mode
+        if decoded.video is None:
+            return None
         return self.video_processor.postprocess_video(decoded.video, output_type=output_type)
 
     # ── the call ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -383,7 +395,7 @@ class OSPNextPipeline(DiffusionPipeline):
 
             def velocity(x: Tensor, t: Tensor) -> Tensor:
                 # Put together at every step: a callback may change the embeddings and the scale.
-                return guided(model, text.cond, text.uncond, self._guidance_scale, mode)(x, t)
+                return guided(model, text.cond, text.uncond, self._guidance_scale, self.halves or mode)(x, t)
 
             def callback(step: int, timestep: Tensor, x: Tensor) -> Tensor:
                 bar.update()

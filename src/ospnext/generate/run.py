@@ -4,83 +4,129 @@
     ospnext generate configs/generate/osp_14b.yaml seed=7
 
 Everything that can be wrong is found before weights are loaded. Video i has seed ``seed + i`` and is the same alone or
-in a batch, so a run that was interrupted goes on where it stopped.
+in a batch, on one process or on many, so a run that was interrupted goes on where it stopped.
+
+Of many processes the first one speaks and keeps the folder; each video is written by the first process that shares it.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 import ospnext
+from ospnext.assemble import join
 from ospnext.checkpoints.fill import progress_bar
 from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.config import ConfigError, dump_yaml
-from ospnext.device import device_label, resolve_device
+from ospnext.device import device_label
 from ospnext.generate.manifest import Manifest, VideoTask, only_run, write_text
-from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.settings import GenerateConfig, output_folder, read_prompts
 from ospnext.generate.sources import DECODING, Plan, load_pipeline, make_plan
-from ospnext.media import video_grid, write_video
+from ospnext.generate.videos import make_videos
+from ospnext.media import video_grid
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
 from ospnext.ops.attention import describe_kernel
 from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout, block_layouts
+from ospnext.parallel.apply import describe
+from ospnext.parallel.launch import Launch, agree, gather_objects, place
 
 GRID = "video_grid.mp4"
 
 
-def run(config: GenerateConfig) -> str:
-    """Make the videos a configuration asks for; returns a line that says where they are.
+class Job(NamedTuple):
+    """A run, settled and checked."""
+
+    plan: Plan
+    device: torch.device
+    tasks: list[VideoTask]
+    folder: Path
+    report: dict[str, str]
+
+
+class Opened(NamedTuple):
+    """The output folder, and which videos are not there yet."""
+
+    manifest: Manifest
+    pending: list[VideoTask]
+
+
+def run(config: GenerateConfig, launch: Launch | None = None) -> str | None:
+    """Make the videos a configuration asks for.
+
+    Args:
+        config: what is asked for.
+        launch: this process among those of the run; all of them call this.
+
+    Returns:
+        A line that says where they are; None in all processes but the first.
 
     Raises:
         ValueError: bad input, in one line; nothing was loaded or written.
         OSError: the output cannot be written.
     """
+    launch = launch or Launch()
+    job = agree(launch, lambda: settle(config, launch))
+    # Memory may be shorter in one place than in another: all keep off the device what one must.
+    offload = frozenset().union(*gather_objects(launch, job.plan.offload))
+    job = job._replace(plan=job.plan._replace(offload=offload))
+    with ExitStack() as folder:
+        opened = agree(launch, lambda: open_folder(folder, config, job) if launch.first else None)
+        pending: list[VideoTask] = gather_objects(launch, opened and opened.pending)[0]
+        if pending:
+            crew = join(config, job.plan.sizes, job.device, "transformer" in offload)
+            with progress_bar() if launch.first else nullcontext() as progress:
+                pipe = agree(launch, lambda: load_pipeline(config, job.plan, crew, progress))
+            make_videos(pipe, config, job.plan, pending, job.folder, opened and opened.manifest, launch, crew)
+        return None if opened is None else finish(config, job, opened)
+
+
+def settle(config: GenerateConfig, launch: Launch) -> Job:
+    """Everything about a run that can be known before weights are loaded; nothing is written.
+
+    Raises:
+        ValueError: bad input.
+    """
     prompts = read_prompts(config)
-    device = resolve_device(config.device)
-    plan = make_plan(config, device)
+    device = place(launch, config.device)
+    plan = make_plan(config, device, launch.world)
     report = describe_run(config, plan, device)
-    tasks = make_tasks(config, prompts, plan)
-    folder = make_folder(output_folder(config.output_dir, prompts))
-    with only_run(folder):
-        return fill_folder(folder, config, plan, tasks, report, device)
+    return Job(plan, device, make_tasks(config, prompts, plan), output_folder(config.output_dir, prompts), report)
 
 
-def fill_folder(
-    folder: Path,
-    config: GenerateConfig,
-    plan: Plan,
-    tasks: Sequence[VideoTask],
-    report: Mapping[str, str],
-    device: torch.device,
-) -> str:
-    """Make the videos that are not there yet, and the grid of all; returns a line that says where they are."""
-    manifest = Manifest(folder, shared_settings(config, plan), report, config.overwrite)
-    pending = [task for task in tasks if not manifest.has(task)]
-    print_report({**report, "videos": f"{len(tasks)}, of which {len(tasks) - len(pending)} are there"})
+def open_folder(stack: ExitStack, config: GenerateConfig, job: Job) -> Opened:
+    """Make the output folder this run's until the stack is closed, and say what will run.
+
+    Raises:
+        ConfigError: it cannot be written, is another run's, or holds other videos.
+    """
+    folder = make_folder(job.folder)
+    stack.enter_context(only_run(folder))
+    manifest = Manifest(folder, shared_settings(config, job.plan), job.report, config.overwrite)
+    pending = [task for task in job.tasks if not manifest.has(task)]
+    print_report({**job.report, "videos": f"{len(job.tasks)}, of which {len(job.tasks) - len(pending)} are there"})
     write_text(folder / "config.yaml", dump_yaml(config))
     manifest.save()
-    if pending:
-        with progress_bar() as progress:
-            pipe = load_pipeline(config, plan, device, progress)
-        make_videos(pipe, config, plan, pending, manifest)
-    if pending or not (folder / GRID).exists():
+    return Opened(manifest, pending)
+
+
+def finish(config: GenerateConfig, job: Job, opened: Opened) -> str:
+    """Make the grid of all videos; returns a line that says where they are."""
+    tasks, folder, videos = job.tasks, job.folder, opened.manifest.videos
+    if opened.pending or not (folder / GRID).exists():
         make_grid([folder / task.file for task in tasks], folder / GRID, config.save_fps)
-    ways = sorted({manifest.videos[task.file]["decoded"] for task in tasks})
-    videos = "1 video" if len(tasks) == 1 else f"{len(tasks)} videos"
+    ways = sorted({videos[task.file]["decoded"] for task in tasks})
+    number = "1 video" if len(tasks) == 1 else f"{len(tasks)} videos"
     watch = folder / (tasks[0].file if len(tasks) == 1 else GRID)
-    return f"{videos} ({len(pending)} new, decoded {' and '.join(ways)}) in {folder}; watch {watch}"
+    return f"{number} ({len(opened.pending)} new, decoded {' and '.join(ways)}) in {folder}; watch {watch}"
 
 
 def make_tasks(config: GenerateConfig, prompts: Sequence[str], plan: Plan) -> list[VideoTask]:
@@ -109,43 +155,6 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def make_videos(
-    pipe: OSPNextPipeline, config: GenerateConfig, plan: Plan, tasks: Sequence[VideoTask], manifest: Manifest
-) -> None:
-    """Sample and decode in batches; every video is on disk and in the manifest before the next one is decoded."""
-    pipe.decode_modes = DECODING[config.vae_tiling]
-    size = {name: getattr(plan.sampling, name) for name in ("num_frames", "height", "width")}
-    with _progress(len(tasks), plan.sampling.num_inference_steps) as bars:
-        for first in range(0, len(tasks), config.batch_size):
-            batch = tasks[first : first + config.batch_size]
-            bars.batch(len(batch))
-            start = time.perf_counter()
-            (latents,) = pipe(
-                [task.prompt for task in batch],
-                batch[0].negative_prompt,  # one for all
-                **size,
-                num_inference_steps=plan.sampling.num_inference_steps,
-                guidance_scale=plan.sampling.guidance_scale,
-                generator=[torch.Generator().manual_seed(task.seed) for task in batch],
-                output_type="latent",
-                callback_on_step_end=bars.step,
-                max_sequence_length=config.text_encoder_config.text_len,
-                guidance_mode=config.guidance_mode,
-                return_dict=False,
-            )
-            bars.decode()
-            sampled = (time.perf_counter() - start) / len(batch)
-            for task, one in zip(batch, latents.split(1), strict=True):
-                start = time.perf_counter()
-                if not one.isfinite().all():
-                    raise ValueError(f"{task.file} came out as NaN or infinite: {_nan_way_out(plan)}")
-                frames = pipe.decode(one, "pt")[0]
-                write_video(manifest.folder / task.file, to_uint8(frames), config.save_fps)
-                seconds = round(sampled + time.perf_counter() - start, 2)
-                manifest.add(task, seconds=seconds, decoded=pipe.decode_mode)
-                bars.video()
-
-
 def make_grid(videos: Sequence[Path], grid: Path, fps: float) -> None:
     """All videos in one, from their files.
 
@@ -156,53 +165,6 @@ def make_grid(videos: Sequence[Path], grid: Path, fps: float) -> None:
         video_grid(videos, grid, fps)
     except ValueError as error:
         raise ConfigError(f"{error}; remove it and start again to make it anew") from error
-
-
-def _nan_way_out(plan: Plan) -> str:
-    """What to change, by what is most likely to blame."""
-    if torch.float16 in plan.dtypes:
-        return "float16 overflows, use weight_dtype=bf16"
-    return f"use a usual guidance_scale (not {plan.sampling.guidance_scale:g}) and shift (not {plan.sampling.shift:g})"
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Frames [T, 3, H, W] in 0..1 as uint8 [T, H, W, 3], rounded to the nearest."""
-    return (frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-class _Bars:
-    """Three bars: videos done, and of the present batch the steps and the decoded videos."""
-
-    def __init__(self, progress: Progress, videos: int, steps: int) -> None:
-        self._progress = progress
-        self._videos = progress.add_task("videos", total=videos)
-        self._steps = progress.add_task("steps", total=steps)
-        self._decoding = progress.add_task("decoding", visible=False)
-
-    def batch(self, videos: int) -> None:
-        """The next batch begins."""
-        self._progress.reset(self._steps)
-        self._progress.reset(self._decoding, total=videos, visible=False)
-
-    def decode(self) -> None:
-        """A batch is sampled."""
-        self._progress.reset(self._decoding, visible=True)
-
-    def step(self, pipe: Any, step: int, timestep: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """The pipeline's callback."""
-        self._progress.update(self._steps, completed=step + 1)
-
-    def video(self) -> None:
-        """One video is on disk."""
-        self._progress.advance(self._videos)
-        self._progress.advance(self._decoding)
-
-
-@contextmanager
-def _progress(videos: int, steps: int) -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        yield _Bars(progress, videos, steps)
 
 
 # ── what really runs ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +204,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "guidance": f"{sampling.guidance_scale:g}, {config.guidance_mode}" if guided else "off",
         "decoding": " or ".join(DECODING[config.vae_tiling]) + ", by the free memory",
         "idle on the CPU": ", ".join(sorted(plan.offload)).replace("_", " ") or "nothing",
-        "parallel": "one process",
+        "parallel": describe(*plan.sizes),
         "notes": "\n".join(config.notices) or "none",
         "versions": f"ospnext {ospnext.__version__}, torch {torch.__version__}, diffusers {version('diffusers')}",
     }

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, fit_run
 from ospnext.checkpoints.components import EMBEDDED, ComponentPaths, find_components, load_scheduler
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import (
@@ -28,6 +29,10 @@ from ospnext.generate.settings import GenerateConfig, Sampling, read_model_setti
 from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode_bytes
+from ospnext.parallel.apply import Fit
+from ospnext.parallel.guidance import SplitGuidance
+from ospnext.parallel.ownership import segment_count
+from ospnext.parallel.team import VideoTeam
 
 DECODING: dict[str, tuple[DecodeMode, ...]] = {"auto": DECODE_MODES, "on": ("tiled",), "off": ("whole", "chunked")}
 """Ways the autoencoder may decode, best first, by ``vae_tiling``."""
@@ -52,17 +57,23 @@ class Footprint(NamedTuple):
 
 class Plan(NamedTuple):
     """What a run will do: where its components are, the transformer's settings, every component's dtype, sampling
-    values, and which components stay on the CPU while idle."""
+    values, which components stay on the CPU while idle, and who shares what."""
 
     places: ComponentPaths
     transformer: dict[str, Any]
     dtypes: Dtypes
     sampling: Sampling
     offload: frozenset[str]
+    sizes: Fit
 
 
-def make_plan(config: GenerateConfig, device: torch.device) -> Plan:
+def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> Plan:
     """Settle and check everything about a run from headers and small files; no tensor is read.
+
+    Args:
+        config: what is asked for.
+        device: of this process.
+        world: processes in all.
 
     Raises:
         ValueError: something is missing, impossible or too large; one line that names it and the way out.
@@ -75,13 +86,22 @@ def make_plan(config: GenerateConfig, device: torch.device) -> Plan:
     check_fit(transformer, vae, text_encoder, load_tokenizer(places.tokenizer))
     sampling = choose_sampling(config, places, size_step(vae.config, transformer.config))
     make_sampler(choose_scheduler(config, places, sampling), sampling.num_inference_steps, 1, torch.device("cpu"))
+    segments = segment_count(transformer.layouts, transformer.config.sparse_ratio)
+    sizes = fit_run(config, world, segments, guided=sampling.guidance_scale > 1)
+    shards = sizes.copies.fsdp
+    gathered = 0 if shards == 1 else gathered_bytes(config, transformer)
     parts = {
-        "transformer": Footprint(_nbytes(transformer), transformer_bytes(config, transformer, vae, sampling)),
-        "vae": Footprint(_nbytes(vae), vae_bytes(config, vae, sampling)),
-        "text_encoder": Footprint(_nbytes(text_encoder), 0),
+        "transformer": Footprint(
+            _nbytes(transformer) // shards, gathered + transformer_bytes(config, transformer, vae, sampling, sizes)
+        ),
+        "vae": Footprint(_nbytes(vae), vae_bytes(config, vae, sampling, sizes)),
+        "text_encoder": Footprint(_nbytes(text_encoder) // shards, 0),
     }
-    offload = choose_offload(parts, device, asked=config.encoder_cpu_offload)
-    return Plan(places, dict(transformer.config), dtypes, sampling, offload)
+    asked = {"transformer"} if config.model_cpu_offload else set()
+    if config.encoder_cpu_offload:
+        asked |= {"vae", "text_encoder"}
+    offload = choose_offload(parts, device, frozenset(asked))
+    return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes)
 
 
 def check_fit(
@@ -179,24 +199,22 @@ def choose_sampling(config: GenerateConfig, places: ComponentPaths, step: SizeSt
     return sampling._replace(**size._asdict())
 
 
-def choose_offload(parts: Mapping[str, Footprint], device: torch.device, asked: bool) -> frozenset[str]:
-    """The fewest components that must leave the device between uses, at least the encoders if ``asked``.
+def choose_offload(parts: Mapping[str, Footprint], device: torch.device, asked: frozenset[str]) -> frozenset[str]:
+    """The fewest components that must leave the device between uses, at least those ``asked``.
 
     Args:
         parts: by component.
         device: where the run computes.
-        asked: keep the text encoder and the autoencoder off the device in any case.
+        asked: components to keep off the device in any case.
 
     Raises:
         OutOfMemoryError: it does not fit in any way.
     """
     host = torch.device("cpu")
     encoders = frozenset(("vae", "text_encoder"))
-    ways = [frozenset[str](), encoders, encoders | {"transformer"}]
+    ways = list(dict.fromkeys(asked | way for way in (frozenset[str](), encoders, encoders | {"transformer"})))
     if device == host:
-        ways = ways[:1]
-    elif asked:
-        ways = ways[1:]
+        ways = [frozenset()]
     offload = _fitting({way: device_bytes(parts, way) for way in ways}, device)
     if offload:
         _fitting({offload: sum(parts[name].weights for name in offload)}, host)
@@ -210,25 +228,39 @@ def device_bytes(parts: Mapping[str, Footprint], offload: frozenset[str]) -> int
 
 
 def transformer_bytes(
-    config: GenerateConfig, transformer: OSPNextTransformer3DModel, vae: AutoencoderKLWan, sampling: Sampling
+    config: GenerateConfig,
+    transformer: OSPNextTransformer3DModel,
+    vae: AutoencoderKLWan,
+    sampling: Sampling,
+    sizes: Fit,
 ) -> int:
     """What one call of the transformer takes besides its weights: some ten hidden states and two feed-forward ones."""
     settings = transformer.config
     step = size_step(vae.config, settings)
     tokens = (1 + (sampling.num_frames - 1) // step.frames) * (sampling.height // step.height)
     tokens *= sampling.width // step.width
-    passes = config.batch_size * (2 if sampling.guidance_scale > 1 and config.guidance_mode == "batched" else 1)
-    return passes * tokens * (10 * settings.dim + 2 * settings.ffn_dim) * transformer.dtype.itemsize
+    own = -(-tokens // (sizes.sizes.ssp * sizes.sizes.ulysses))
+    both = sampling.guidance_scale > 1 and config.guidance_mode == "batched" and sizes.sizes.cfg == 1
+    passes = config.batch_size * (2 if both else 1)
+    return passes * own * (10 * settings.dim + 2 * settings.ffn_dim) * transformer.dtype.itemsize
 
 
-def vae_bytes(config: GenerateConfig, vae: AutoencoderKLWan, sampling: Sampling) -> int:
+def gathered_bytes(config: GenerateConfig, transformer: OSPNextTransformer3DModel) -> int:
+    """Whole weights that a process holds beside its shards: of the block at work and those gathered ahead."""
+    blocks = len(transformer.blocks)
+    ahead = blocks if config.reshard_after_forward is False else 2 + config.explicit_prefetching_num_blocks
+    block = _nbytes(transformer.blocks[0])
+    return min(ahead, blocks) * block + _nbytes(transformer) - blocks * block
+
+
+def vae_bytes(config: GenerateConfig, vae: AutoencoderKLWan, sampling: Sampling, sizes: Fit) -> int:
     """What decoding one clip takes besides the weights, in the way of least memory that is allowed."""
     scales = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
     frames = 1 + (sampling.num_frames - 1) // scales[0]
     latents = torch.empty(
         1, vae.config.z_dim, frames, sampling.height // scales[1], sampling.width // scales[1], device="meta"
     )
-    return decode_bytes(vae, latents, DECODING[config.vae_tiling][-1])
+    return decode_bytes(vae, latents, DECODING[config.vae_tiling][-1], sizes.sizes.video)
 
 
 def _nbytes(module: nn.Module) -> int:
@@ -249,9 +281,9 @@ def _fitting(ways: Mapping[frozenset[str], int], device: torch.device) -> frozen
 
 
 def load_pipeline(
-    config: GenerateConfig, plan: Plan, device: torch.device, progress: ProgressCallback | None = None
+    config: GenerateConfig, plan: Plan, crew: Crew, progress: ProgressCallback | None = None
 ) -> OSPNextPipeline:
-    """The pipeline of a run, every component in its dtype and place.
+    """The pipeline of a run, every component in its dtype and place, shared as the crew shares it.
 
     Raises:
         CheckpointError, OutOfMemoryError: as ``checkpoints.load``.
@@ -259,25 +291,35 @@ def load_pipeline(
     places, dtypes = plan.places, plan.dtypes
 
     def home(name: str) -> torch.device:
-        return torch.device("cpu") if name in plan.offload else device
+        return torch.device("cpu") if name in plan.offload else crew.device
 
-    transformer = load_transformer(
+    transformer = assemble_transformer(
         places.transformer,
-        dtype=dtypes.transformer,
-        device=home("transformer"),
+        crew,
+        dtypes.transformer,
+        home("transformer"),
         progress=progress,
         **config.architecture(),
     )
     transformer.set_attention_kernel(config.attention_kernel)
+    offload_text = "text_encoder" in plan.offload
     pipe = OSPNextPipeline.from_parts(
         transformer,
         load_vae(places.vae, dtypes.vae, home("vae"), progress),
-        load_text_encoder(places.text_encoder, dtypes.text_encoder, home("text_encoder"), progress),
+        assemble_text_encoder(
+            places.text_encoder, crew, dtypes.text_encoder, home("text_encoder"), offload_text, progress
+        ),
         load_tokenizer(places.tokenizer),
         choose_scheduler(config, places, plan.sampling),
         places.settings,
     )
-    pipe.place(device, plan.offload)
+    if crew.weights is not None:
+        pipe.sharded = frozenset(("transformer", "text_encoder"))
+    if crew.mesh is not None:
+        pipe.team = VideoTeam(crew.mesh)
+        if crew.mesh.sizes.cfg == 2:
+            pipe.halves = SplitGuidance(crew.mesh)
+    pipe.place(crew.device, plan.offload)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -14,10 +14,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify
 from torch import Tensor
 
 from ospnext.device import free_memory
+from ospnext.models.vae_pieces import Alone, Piece, Team, blend, decode_piece, new_cache, resample_whole, split, tiles
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def encode_whole(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     encoder = vae.encoder
     x = encoder.conv_in(patchify(video, vae.config.patch_size or 1))
     for layer in encoder.down_blocks:
-        x = _resample_whole(layer, x) if isinstance(layer, WanResample) else layer(x)
+        x = resample_whole(layer, x) if isinstance(layer, WanResample) else layer(x)
     x = encoder.nonlinearity(encoder.norm_out(encoder.mid_block(x)))
     return vae.quant_conv(encoder.conv_out(x))
 
@@ -66,30 +67,7 @@ def decode_whole(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
         ValueError: the VAE is of the residual kind.
     """
     _require_plain(vae)
-    decoder = vae.decoder
-    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z)))
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            x = resnet(x)
-        for upsampler in block.upsamplers or ():
-            x = _resample_whole(upsampler, x)
-    x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
-    return unpatchify(x, vae.config.patch_size or 1)
-
-
-def _resample_whole(layer: WanResample, x: Tensor) -> Tensor:
-    """``WanResample`` over all frames at once; without a cache the stock layer does its spatial part only.
-
-    The first frame never meets the temporal convolution, since a clip's first latent frame stands for one frame. Going
-    down, the others are strided windows that begin on the first frame; going up, each of the others becomes two.
-    """
-    if layer.mode == "upsample3d" and x.shape[2] > 1:
-        pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T-1, H, W]
-        x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-    x = layer(x)
-    if layer.mode == "downsample3d" and x.shape[2] > 1:
-        x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
-    return x
+    return decode_piece(vae, z)
 
 
 def _require_plain(vae: AutoencoderKLWan) -> None:
@@ -138,19 +116,29 @@ def encode_video(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 
 class Decoded(NamedTuple):
-    """A ``video`` [B, 3, T, H, W] float32 in [-1, 1], and the ``mode`` that made it."""
+    """A ``video`` [B, 3, T, H, W] float32 in [-1, 1], and the ``mode`` that made it.
 
-    video: Tensor
+    Where several decode together, the first of them has the video, the others None.
+    """
+
+    video: Tensor | None
     mode: DecodeMode
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Video [B, 3, T, H, W] float32 in [-1, 1] on the CPU, from normalised latents [B, z_dim, t, h, w]."""
-    return decode(vae, latents).video
+    video = decode(vae, latents).video
+    assert video is not None
+    return video
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKLWan, latents: Tensor, modes: Sequence[DecodeMode] = DECODE_MODES) -> Decoded:
+def decode(
+    vae: AutoencoderKLWan,
+    latents: Tensor,
+    modes: Sequence[DecodeMode] = DECODE_MODES,
+    team: Team | None = None,
+) -> Decoded:
     """Decode normalised latents, one clip at a time, in the first of ``modes`` whose estimate fits the free memory.
 
     The last mode is tried whatever its estimate says; a mode that runs out of memory all the same gives way to the
@@ -161,6 +149,8 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, modes: Sequence[DecodeMode] =
         vae: on the device and in the dtype to decode with.
         latents: [B, z_dim, t, h, w], normalised.
         modes: allowed ways, best first.
+        team: who decodes along; all of them call this with the same latents. Each takes a piece of every frame, or
+            every so many tiles; the result is that of one.
 
     Returns:
         The video, on the CPU, and the last mode used.
@@ -168,36 +158,53 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, modes: Sequence[DecodeMode] =
     Raises:
         torch.OutOfMemoryError: not even the last mode fits.
     """
+    _require_plain(vae)
+    team = team or Alone()
     z = denormalise(vae, latents.float()).to(vae.dtype)
     allowed = list(modes)
-    clips = []
+    clips: list[Tensor] = []
     for clip in z.split(1):
         free = free_memory(vae.device)
-        while len(allowed) > 1 and decode_bytes(vae, clip, allowed[0]) > free:
+        while len(allowed) > 1 and not team.all(decode_bytes(vae, clip, allowed[0], team.count) <= free):
             allowed.pop(0)
         while True:
+            own: list[Tensor] | None = None
             try:
-                clips.append(_DECODERS[allowed[0]](vae, clip.to(vae.device)))
-                break
+                own = _DECODERS[allowed[0]](vae, clip.to(vae.device), team)
             except torch.OutOfMemoryError:
                 if len(allowed) == 1:
                     raise
                 logger.warning("decoding the %s clip ran out of memory: trying %s", *allowed[:2])
-                allowed.pop(0)
-    return Decoded(torch.cat(clips), allowed[0])
+            if team.all(own is not None):
+                break
+            allowed.pop(0)
+        assert own is not None
+        clips += _put_together(vae, clip, allowed[0], own, team)
+    return Decoded(torch.cat(clips).clamp(-1, 1) if clips else None, allowed[0])
 
 
-def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode) -> int:
-    """Estimated peak bytes that decoding one clip takes on top of the weights; ``z`` is [B, z_dim, t, h, w]."""
+def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode, team: int = 1) -> int:
+    """Estimated peak bytes that decoding one clip takes on top of the weights; ``z`` is [B, z_dim, t, h, w].
+
+    Args:
+        vae, z, mode: what is decoded, and how.
+        team: how many share the clip.
+    """
     latent_frames, height, width = z.shape[2:]
     config = vae.config
     frames = 1 + config.scale_factor_temporal * (latent_frames - 1)
     pixels = height * width * config.scale_factor_spatial**2
     at_once = frames if mode == "whole" else 2 * config.scale_factor_temporal  # a chunk, and the cache beside it
-    tile = min(pixels, vae.tile_sample_min_height * vae.tile_sample_min_width) if mode == "tiled" else pixels
+    widest = max(_area(piece.grown(3, height, width)) for piece in split(height, width, team))
+    area = widest * config.scale_factor_spatial**2
+    tile = min(pixels, vae.tile_sample_min_height * vae.tile_sample_min_width) if mode == "tiled" else area
     channels = (config.decoder_base_dim or config.base_dim) * max(config.dim_mult[:2])
     maps = at_once * tile // (config.patch_size or 1) ** 2 * channels * _LIVE_MAPS * vae.dtype.itemsize
-    return maps + 3 * frames * pixels * 3 * 4  # and three copies of the finished video, float32
+    return maps + 3 * frames * pixels // team * 3 * 4  # and three copies of the finished video, float32
+
+
+def _area(piece: Piece) -> int:
+    return (piece.bottom - piece.top) * (piece.right - piece.left)
 
 
 # Feature maps of the widest stage at full size that live at the same time: 2.5 in float32 and 3.6 in bfloat16 were
@@ -205,28 +212,60 @@ def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode) -> int:
 _LIVE_MAPS = 4
 
 
-def _decode_chunked(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """The stock walk, one latent frame at a time, with finished frames put away on the CPU."""
-    _require_plain(vae)
-    x = vae.post_quant_conv(z)
-    cache: list[Tensor | None] = [None] * vae._cached_conv_counts["decoder"]
+def _pieces(z: Tensor, mode: DecodeMode, vae: AutoencoderKLWan, team: Team) -> list[Piece]:
+    """What a clip is decoded in."""
+    height, width = z.shape[-2:]
+    if mode == "tiled":
+        return [tile for row in tiles(vae, height, width) for tile in row]
+    return split(height, width, team.count)
+
+
+def _decode_whole(vae: AutoencoderKLWan, z: Tensor, team: Team) -> list[Tensor]:
+    """All frames at once of this member's piece."""
+    own = _pieces(z, "whole", vae, team)[team.place :: team.count]
+    return [decode_piece(vae, z, piece).float() for piece in own]
+
+
+def _decode_chunked(vae: AutoencoderKLWan, z: Tensor, team: Team) -> list[Tensor]:
+    """One latent frame after the other of this member's piece."""
+    own = _pieces(z, "chunked", vae, team)[team.place :: team.count]
+    return [_walk(vae, z, piece, team) for piece in own]
+
+
+def _decode_tiled(vae: AutoencoderKLWan, z: Tensor, team: Team) -> list[Tensor]:
+    """One latent frame after the other of each of this member's tiles, the other tiles unknown."""
+    own = _pieces(z, "tiled", vae, team)[team.place :: team.count]
+    frame = Piece(0, z.shape[-2], 0, z.shape[-1])
+    return [_walk(vae, tile.cut(z, frame), None, team) for tile in own]
+
+
+def _walk(vae: AutoencoderKLWan, z: Tensor, piece: Piece | None, team: Team) -> Tensor:
+    """The stock walk, one latent frame at a time; a lone process puts finished frames away on the CPU."""
+    cache = new_cache(vae)
     frames = []
-    for i, frame in enumerate(x.split(1, dim=2)):
-        frames.append(vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=i == 0).float().cpu())
-    return unpatchify(torch.cat(frames, dim=2), vae.config.patch_size or 1).clamp(-1, 1)
+    for frame in z.split(1, dim=2):
+        done = decode_piece(vae, frame, piece, cache).float()
+        frames.append(done.cpu() if team.count == 1 else done)
+    return torch.cat(frames, dim=2)
 
 
-def _decode_tiled(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """diffusers' overlapping tiles, blended."""
-    vae.enable_tiling()
-    try:
-        return vae.decode(z, return_dict=False)[0].float().cpu()
-    finally:
-        vae.disable_tiling()
+def _put_together(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode, own: list[Tensor], team: Team) -> list[Tensor]:
+    """The clip on the CPU, from what the team's members have made; none for all but the first of them."""
+    pieces, scale = _pieces(z, mode, vae, team), vae.config.scale_factor_spatial
+    made = team.collect(own, len(pieces))
+    if made is None:
+        return []
+    made = [piece.cpu() for piece in made]
+    height, width = scale * z.shape[-2], scale * z.shape[-1]
+    if mode == "tiled":
+        across = len(tiles(vae, *z.shape[-2:])[0])
+        return [blend(vae, [made[i : i + across] for i in range(0, len(made), across)], height, width)]
+    if len(made) == 1:
+        return made
+    video = made[0].new_empty(*made[0].shape[:-2], height, width)
+    for piece, pixels in zip(pieces, made, strict=True):
+        piece.times(scale).cut(video, Piece(0, height, 0, width)).copy_(pixels)
+    return [video]
 
 
-def _decode_at_once(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    return decode_whole(vae, z).float().clamp(-1, 1).cpu()
-
-
-_DECODERS = {"whole": _decode_at_once, "chunked": _decode_chunked, "tiled": _decode_tiled}
+_DECODERS = {"whole": _decode_whole, "chunked": _decode_chunked, "tiled": _decode_tiled}

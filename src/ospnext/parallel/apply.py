@@ -59,7 +59,7 @@ def fit(
     return Fit(fit_sizes(world, ssp, ulysses, segments, cfg), fit_copies(world, fsdp, ddp))
 
 
-def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
+def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh | None, options: Options) -> list[str]:
     """Make one of many processes' models out of a model, in place.
 
     The model takes and gives what it did before, the same on all processes of a sequence; after a backward pass the
@@ -69,7 +69,7 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh, options: Options) -
     Args:
         model: a transformer on its device or on meta, to be filled afterwards.
         mesh: who shares a video, of ``build_mesh``.
-        weights: who shares the weights, of ``copies_mesh``.
+        weights: who shares the weights, of ``copies_mesh``; None to sample with whole weights everywhere.
         options: the rest.
 
     Returns:
@@ -78,14 +78,15 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh, options: Options) -
     Raises:
         ValueError: the meshes do not fit each other or the model.
     """
-    if mesh.sizes.world != weights.size():
+    if weights is not None and mesh.sizes.world != weights.size():
         raise ValueError(f"{mesh.sizes.world} processes share the videos, but {weights.size()} the weights: use all")
     apply_sequence_parallel(model, mesh)
     if options.checkpointing:
         model.enable_gradient_checkpointing()
     if options.compile_backend is not None:
         compile_blocks(model, options.compile_backend)
-    shard_transformer(model, weights, options.sharding, mesh.sizes.dp)
+    if weights is not None:
+        shard_transformer(model, weights, options.sharding, mesh.sizes.dp)
     return _report(mesh, weights, options)
 
 
@@ -122,14 +123,24 @@ def compile_blocks(model: Any, backend: str) -> None:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
 
 
-def _report(mesh: Mesh, weights: DeviceMesh, options: Options) -> list[str]:
-    sizes, sharding = mesh.sizes, options.sharding
-    shards = weights["fsdp"].size()
+def describe(sizes: Sizes, copies: Copies) -> str:
+    """Who shares what, in a line."""
+    world = f"{sizes.world} processes" if sizes.world > 1 else "one process"
+    if sizes.world == 1:
+        return world
+    videos = f"{sizes.dp} videos at a time, each" if sizes.dp > 1 else "one video at a time,"
+    shards = f"in {copies.fsdp} shards" if copies.fsdp > 1 else "whole"
+    times = f", {copies.ddp} copies" if copies.ddp > 1 else ""
+    return f"{world}: {videos} on cfg {sizes.cfg} x ssp {sizes.ssp} x ulysses {sizes.ulysses}; weights {shards}{times}"
+
+
+def _report(mesh: Mesh, weights: DeviceMesh | None, options: Options) -> list[str]:
+    world = mesh.sizes.world
+    shards = 1 if weights is None else weights["fsdp"].size()
     lines = [
-        f"videos: {sizes.dp} at a time, each on cfg {sizes.cfg} x ssp {sizes.ssp} x ulysses {sizes.ulysses} processes",
-        f"weights: {weights.size() // shards} copies in {shards} shards",
+        describe(mesh.sizes, Copies(world // shards, shards)),
         f"blocks: {'checkpointed' if options.checkpointing else 'not checkpointed'}, "
         f"{'not compiled' if options.compile_backend is None else f'compiled by {options.compile_backend}'}",
     ]
-    notice = offload_notice(sharding, weights.device_type)
+    notice = offload_notice(options.sharding, mesh.devices.device_type)
     return lines if notice is None else [*lines, notice]

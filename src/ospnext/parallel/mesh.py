@@ -55,6 +55,11 @@ class Mesh:
     video: DeviceMesh  # all axes but dp as one
 
     @property
+    def group(self) -> int:
+        """Which of the ``dp`` groups this process is in."""
+        return self.devices["dp"].get_local_rank()
+
+    @property
     def sharing(self) -> Sharing:
         """This process's part in its sequence."""
         group, subgroup = (axis.get_group().group_name for axis in (self.sequence, self.devices["ulysses"]))

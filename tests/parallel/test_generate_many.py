@@ -1,0 +1,153 @@
+"""``ospnext generate`` on many processes: the videos of one process, whatever the mesh and the number of prompts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import generate_cases as cases
+import pytest
+import torch
+from processes import Processes
+
+from ospnext.media import read_video
+
+Group = Callable[[int], Processes]
+
+PROMPTS = ("a large red star", "two blue squares on a white background", "a small green circle")
+SSP2 = ("use_skiparse_sequence_parallel=true", "skiparse_sp_size=2")
+SSP4 = ("use_skiparse_sequence_parallel=true", "skiparse_sp_size=4")
+ULYSSES2 = ("use_sequence_parallel=true", "sp_size=2")
+CFG2 = ("cfg_parallel_size=2",)
+TILES = ("vae_tiling=on",)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[[tuple[str, ...]], dict[str, torch.Tensor]]:
+    """What one process makes of the prompts, in tiles or not; made once."""
+    made: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+
+    def of(words: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        if words not in made:
+            made[words] = cases.frames(0, 1, words, PROMPTS[:2])
+        return made[words]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("world", "mesh"),
+    [
+        (2, (*SSP2, "fsdp_size=2", "explicit_prefetching_num_blocks=2")),
+        (2, (*ULYSSES2, "fsdp_size=1")),
+        (2, (*CFG2, "fsdp_size=2", "reshard_after_forward=false", *TILES)),
+        (4, (*CFG2, *SSP2, "fsdp_size=4")),
+        (4, (*SSP2, *ULYSSES2, "fsdp_size=2", "model_cpu_offload=true")),
+        (4, (*SSP4, "guidance_mode=sequential", *TILES)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_latents_and_frames_are_those_of_one_process(
+    world: int, mesh: tuple[str, ...], processes: Group, expected: Any
+) -> None:
+    first, *others = processes(world).run(cases.frames, world, mesh, PROMPTS[:2])
+    one = expected(TILES if "vae_tiling=on" in mesh else ())
+    assert first.keys() == one.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, one[name], atol=2e-4, rtol=2e-4)
+    for other in others:
+        assert "frames" not in other, "the first process of a video has it"
+        assert torch.equal(other["latents"], first["latents"])
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("world", "mesh", "prompts"),
+    [
+        (2, ("fsdp_size=2", "batch_size=2"), 3),  # the last of two groups has nothing in the second round
+        (2, ("fsdp_size=2",), 1),  # nor has it in the first
+        (2, ("fsdp_size=1",), 3),
+        (4, (*SSP2, "batch_size=2", "fsdp_size=4"), 3),
+    ],
+    ids=str,
+)
+def test_any_number_of_prompts(
+    world: int, mesh: tuple[str, ...], prompts: int, processes: Group, tmp_path: Path
+) -> None:
+    values = {"prompt": PROMPTS[:prompts], "output_dir": str(tmp_path / "many")}
+    line, *silent = processes(world).run(cases.make, world, mesh, values)
+    assert f"{prompts} new" in line
+    assert silent == [None] * (world - 1)
+    cases.make(0, 1, (), values | {"output_dir": str(tmp_path / "one")})
+    many, one = manifest(tmp_path / "many"), manifest(tmp_path / "one")
+    names = [f"video_{i}.mp4" for i in range(prompts)]
+    assert sorted(path.name for path in (tmp_path / "many").glob("video_*.mp4")) == sorted([*names, "video_grid.mp4"])
+    for made, expected in zip(many["videos"], one["videos"], strict=True):
+        assert {k: v for k, v in made.items() if k != "seconds"} == {
+            k: v for k, v in expected.items() if k != "seconds"
+        }
+    for name in names:
+        ours, theirs = (read_video(tmp_path / folder / name).frames for folder in ("many", "one"))
+        assert abs(ours.astype(float) - theirs).mean() < 2, "a rounded pixel makes the codec choose otherwise"
+    assert many["settings"] == one["settings"]
+    assert many["report"]["parallel"].startswith(f"{world} processes: ")
+
+
+def test_a_run_goes_on_where_another_stopped(processes: Group, tmp_path: Path) -> None:
+    """What one process has begun, two finish, and the other way round."""
+    values = {"output_dir": str(tmp_path), "prompt": PROMPTS}
+    cases.make(0, 1, (), values | {"prompt": PROMPTS[:1]})
+    (tmp_path / "video_grid.mp4").unlink()
+    before = (tmp_path / "video_0.mp4").stat().st_mtime_ns
+    line, _ = processes(2).run(cases.make, 2, ("fsdp_size=2",), values)
+    assert "3 videos (2 new" in line
+    assert (tmp_path / "video_0.mp4").stat().st_mtime_ns == before
+    assert "3 videos (0 new" in str(cases.make(0, 1, (), values))
+    (tmp_path / "video_1.mp4").unlink()
+    assert "3 videos (1 new" in processes(2).run(cases.make, 2, SSP2, values)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sp_size=3", "use_sequence_parallel=true"), "ssp 1 x ulysses 3 .* What fits: .*ssp 2 with ulysses 1"),
+        (("skiparse_sp_size=8", "use_skiparse_sequence_parallel=true"), "does not fit 2 processes"),
+        (("cfg_parallel_size=2", "scheduler_config.guidance_scale=1"), "guidance is off .* cfg_parallel_size=1"),
+        ((*CFG2, *SSP2), "with cfg_parallel_size 2 .* What fits: ssp 1 with ulysses 1"),
+        (("fsdp_size=2", "ddp_size=2"), "fsdp_size 2 x ddp_size 2 does not fit 2 processes. What fits.* 1 x 2, 2 x 1"),
+        (("model=nowhere",), "nowhere does not exist"),
+        (("scheduler_config.guidance_scale=1e38",), "came out as NaN or infinite"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_refused_by_all(
+    words: tuple[str, ...], message: str, processes: Group, tmp_path: Path
+) -> None:
+    said = processes(2).run(cases.make, 2, words, {"prompt": PROMPTS, "output_dir": str(tmp_path / "out")})
+    assert said[0] == said[1]
+    assert said[0].startswith("RefusalError: ")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(said[0])
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fsdp", [1, 8])
+@pytest.mark.parametrize("cfg", [1, 2])
+@pytest.mark.parametrize(("ssp", "ulysses"), [(4, 1), (2, 2), (1, 4), (4, 2), (2, 1), (1, 8)])
+def test_eight_processes(
+    cfg: int, ssp: int, ulysses: int, fsdp: int, processes: Group, expected: Any, tmp_path: Path
+) -> None:
+    words = [f"cfg_parallel_size={cfg}", f"skiparse_sp_size={ssp}", f"sp_size={ulysses}", f"fsdp_size={fsdp}"]
+    mesh = (*words, "use_sequence_parallel=true", "use_skiparse_sequence_parallel=true")
+    values = {"prompt": PROMPTS, "output_dir": str(tmp_path)}
+    if cfg * ssp * ulysses > 8:
+        assert "does not fit" in processes(8).run(cases.make, 8, mesh, values)[0]
+        return
+    first = processes(8).run(cases.frames, 8, mesh, PROMPTS[:2])[0]
+    for name, value in first.items():
+        torch.testing.assert_close(value, expected(())[name], atol=2e-4, rtol=2e-4)
+    assert "3 videos (3 new" in processes(8).run(cases.make, 8, mesh, values)[0]
