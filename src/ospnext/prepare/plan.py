@@ -8,17 +8,16 @@ the configuration that is planned.
 """
 
 import json
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field
 
 from ospnext.config import Config, ConfigError
-from ospnext.prepare.plan_devices import Device, find_device
-from ospnext.prepare.plan_memory import Phase, phases
-from ospnext.prepare.plan_mesh import Mesh, all_meshes, configured_mesh
-from ospnext.prepare.plan_recipe import Recipe, make_recipe, read_config
+from ospnext.prepare.plan_devices import find_device
+from ospnext.prepare.plan_mesh import all_meshes, configured_mesh
+from ospnext.prepare.plan_options import Plan, order, try_mesh
+from ospnext.prepare.plan_recipe import make_recipe, read_config
 from ospnext.prepare.plan_report import as_json, print_plan
-from ospnext.prepare.plan_time import Run, Seconds, run_seconds, step_seconds
 from ospnext.sections import RunConfig
 
 
@@ -42,35 +41,6 @@ class PlanConfig(Config):
     accelerator: str = Field("h100", description="h100 | h200 | a100 | rtx4090 | ascend910b")
     videos: int = Field(1, ge=1, strict=False, description="videos of a generate run: what its meshes are sorted for")
     as_json: bool = Field(False, alias="json", description="print JSON")
-
-
-class Option(NamedTuple):
-    """One mesh and what a run is like on it."""
-
-    mesh: Mesh
-    phases: tuple[Phase, ...]
-    step: Seconds
-    run: Run
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the largest phase."""
-        return max(phase.total for phase in self.phases)
-
-
-class Plan(NamedTuple):
-    """A recipe on so many devices."""
-
-    recipe: Recipe
-    device: Device
-    world: int
-    videos: int
-    chosen: Option | None  # what the configuration asks for
-    refusal: str  # why there is none
-    options: tuple[Option, ...]  # all that fit, best first
-    tried: int
-    least: Option  # the mesh that needs least memory
-    notices: tuple[str, ...]
 
 
 def run(config: PlanConfig) -> str | None:
@@ -103,28 +73,10 @@ def make_plan(config: PlanConfig) -> Plan:
     except ConfigError as error:
         refusal = str(error)
     options = [try_mesh(recipe, mesh, device, config.videos) for mesh in all_meshes(recipe, world)]
-    fitting = sorted((o for o in options if o.peak <= device.memory), key=lambda o: _order(recipe, o))
+    fitting = sorted((o for o in options if o.peak <= device.memory), key=lambda o: order(recipe, o))
     least = min(options, key=lambda o: o.peak)
     notices = wanted.notices
     return Plan(recipe, device, world, config.videos, chosen, refusal, tuple(fitting), len(options), least, notices)
-
-
-def try_mesh(recipe: Recipe, mesh: Mesh, device: Device, videos: int = 1) -> Option:
-    """A recipe on one mesh."""
-    step = step_seconds(recipe, mesh, device)
-    return Option(mesh, phases(recipe, mesh, device), step, run_seconds(recipe, mesh, device, videos))
-
-
-def _order(recipe: Recipe, option: Option) -> tuple[float, int]:
-    """What to sort by: of ``generate`` the time of all videos, of ``train`` that of one sample; then memory."""
-    if recipe.kind == "generate":
-        return _rounded(option.run.total), option.peak
-    return _rounded(option.step.total / option.mesh.dp), option.peak
-
-
-def _rounded(seconds: float) -> float:
-    """Four digits: what is closer is as good, and memory decides."""
-    return float(f"{seconds:.4g}")
 
 
 def _world(config: RunConfig) -> int:

@@ -1,21 +1,17 @@
 """A plan as tables for people and as JSON for programs."""
 
-from __future__ import annotations
-
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ospnext.ops.layout import Layout
+from ospnext.prepare.plan_options import Option, Plan
 from ospnext.prepare.plan_time import passes, step_flops, step_sent
 from ospnext.prepare.plan_traffic import published_edge_values, published_values, ulysses_values
 from ospnext.prepare.plan_work import count
-
-if TYPE_CHECKING:
-    from ospnext.prepare.plan import Option, Plan
 
 _GIB, _MB, _SHOWN = 2**30, 1e6, 12
 
