@@ -22,6 +22,7 @@ DENSE_ENDS = Run(Setting((2, 5, 7), 2, 3), 4)
 ANY = Run(Setting((2, 5, 7), 2, 3, dense_ends=False), 4)
 SINGLE = ANY._replace(dtype=torch.float32)
 PARTS = ANY._replace(micro_steps=2)
+GUIDED = ANY._replace(setting=ANY.setting._replace(guided=True))
 CHECKPOINTED = Options(Sharding(explicit_prefetching_num_blocks=2), checkpointing=True)
 KEPT = Options(Sharding(reshard_after_forward=False))
 
@@ -30,7 +31,7 @@ KEPT = Options(Sharding(reshard_after_forward=False))
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of what one device makes of the runs."""
     path = tmp_path_factory.mktemp("references") / "references.pt"
-    torch.save({name_of(run): reference(run) for run in (ANY, SINGLE, DENSE_ENDS)}, path)
+    torch.save({name_of(run): reference(run) for run in (ANY, SINGLE, DENSE_ENDS, GUIDED)}, path)
     return path
 
 
@@ -52,6 +53,7 @@ def test_four_processes(processes: Group, references: Path) -> None:
         Case(DENSE_ENDS, Sizes(1, 1, 2, 2), Copies(1, 4), CHECKPOINTED),
         Case(PARTS, Sizes(2, 1, 2, 1), Copies(2, 2), KEPT),
         Case(ANY, Sizes(2, 1, 1, 2), Copies(4, 1), Options()),
+        Case(GUIDED, Sizes(1, 2, 2, 1), Copies(1, 4), CHECKPOINTED),
     ]
     processes(4).run(cases.check_cases, some, references)
 
@@ -67,10 +69,11 @@ def test_bfloat16_within_its_rounding(processes: Group, references: Path) -> Non
     assert 0 < max(errors) < 0.005
 
 
-def every_mesh(world: int, segments: int) -> list[Sizes]:
+def every_mesh(world: int, segments: int, cfg: int = 1) -> list[Sizes]:
     """Every legal way to share videos."""
     shapes = product(range(1, world + 1), repeat=2)
-    return [Sizes(world // (s * u), 1, s, u) for s, u in shapes if segments % s == 0 and world % (s * u) == 0]
+    every = [Sizes(world // (cfg * s * u), cfg, s, u) for s, u in shapes if segments % s == 0]
+    return [sizes for sizes in every if sizes.world == world]
 
 
 def every_copy(world: int) -> list[Copies]:
@@ -81,15 +84,17 @@ def every_copy(world: int) -> list[Copies]:
 @pytest.mark.long
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("world", [2, 3, 4, 6, 8])
-def test_every_mesh(world: int, checkpointing: bool, reshard: bool, processes: Group, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "cfg"), [(world, cfg) for world in (2, 3, 4, 6, 8) for cfg in (1, 2) if world % cfg == 0]
+)
+def test_every_mesh(world: int, cfg: int, checkpointing: bool, reshard: bool, processes: Group, tmp_path: Path) -> None:
     """12 heads on up to 8 processes, a grid that divides by nothing, two videos or more at a time."""
-    run = Run(Setting((2, 5, 7), 2, 12, dense_ends=False), 2 * world)
+    run = Run(Setting((2, 5, 7), 2, 12, dense_ends=False, guided=cfg == 2), 2 * world)
     torch.save({name_of(run): reference(run)}, tmp_path / "references.pt")
     options = Options(Sharding(reshard_after_forward=reshard), checkpointing)
     some = [
         Case(run, sizes, copies, options)
-        for sizes, copies in product(every_mesh(world, run.setting.segments), every_copy(world))
+        for sizes, copies in product(every_mesh(world, run.setting.segments, cfg), every_copy(world))
     ]
     processes(world).run(cases.check_cases, some, tmp_path / "references.pt", seconds=3000)
 

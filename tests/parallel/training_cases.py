@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ospnext.flow.path import TIMESTEPS, interpolate
+from ospnext.flow.sample import BothHalves, GuidanceMode, guided
 from ospnext.parallel.apply import Options, parallelise
 from ospnext.parallel.fsdp import Copies, clip_gradients, copies_mesh
+from ospnext.parallel.guidance import SplitGuidance
 from ospnext.parallel.mesh import Sizes
 
 STEPS = 5
@@ -64,17 +66,26 @@ def batches(run: Run, data_rank: int = 0, data_ranks: int = 1) -> Iterator[Batch
         yield x_t, timestep, text, velocity
 
 
-def train(model: Any, run: Run, data_rank: int = 0, data_ranks: int = 1) -> dict[str, torch.Tensor]:
+def train(
+    model: Any, run: Run, data_rank: int = 0, data_ranks: int = 1, halves: GuidanceMode | BothHalves = "sequential"
+) -> dict[str, torch.Tensor]:
     """Train for some steps; this process's losses, the gradient norms and all parameters at the end."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=True)
     losses, norms = [], []
+
+    def velocity_of(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        def call(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            return model(x, t, condition).sample
+
+        return guided(call, text, -text / 2, 3.0 if run.setting.guided else 1.0, halves)(x, t)
+
     for batch in batches(run, data_rank, data_ranks):
         total = torch.zeros((), dtype=run.dtype)
         parts = list(zip(*(x.chunk(run.micro_steps) for x in batch), strict=True))
         for i, (x_t, timestep, text, velocity) in enumerate(parts):
             if run.micro_steps > 1 and hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(i + 1 == len(parts))
-            loss = F.mse_loss(model(x_t, timestep, text).sample, velocity) / run.micro_steps
+            loss = F.mse_loss(velocity_of(x_t, timestep, text), velocity) / run.micro_steps
             loss.backward()
             total += loss.detach()
         losses.append(total)
@@ -109,7 +120,8 @@ def trained(case: Case) -> dict[str, torch.Tensor]:
     mesh = mesh_of(case.sizes)
     model = case.run.setting.model().to(case.run.dtype)
     parallelise(model, mesh, weights_of(case.copies), case.options)
-    results = train(model, case.run, mesh.devices["dp"].get_local_rank(), case.sizes.dp)
+    halves = SplitGuidance(mesh) if case.sizes.cfg == 2 else "sequential"
+    results = train(model, case.run, mesh.group, case.sizes.dp, halves)
     dist.all_reduce(results["losses"])
     results["losses"] /= dist.get_world_size()  # the mean over data; equal among the processes of a sequence
     return results
