@@ -124,17 +124,19 @@ def test_a_case_that_fails_is_reported_and_the_rest_goes_on(
     assert ours["speedup"] is None
 
 
-def scaling(*options: str) -> list[dict[str, Any]]:
-    """The lines of the benchmark of many devices, on two processes."""
+def on_two_processes(script: str, *options: str) -> list[dict[str, Any]]:
+    """The lines of a benchmark of many devices."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, str(BENCHMARKS / "scaling.py"), *TINY, *options]
+    command = [*torchrun, str(BENCHMARKS / script), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return records(done.stdout)
 
 
 def test_many_devices_are_timed_beside_one() -> None:
-    one, sparse, guided = scaling("--layers", "5", "--meshes", "one,1x2x1,2x1x1", "--repeats", "2")
+    one, sparse, guided = on_two_processes(
+        "scaling.py", *TINY, "--layers", "5", "--meshes", "one,1x2x1,2x1x1", "--repeats", "2"
+    )
     assert [line["mesh"] for line in (one, sparse, guided)] == ["one", "1x2x1", "2x1x1"]
     assert [line["collectives"] for line in (one, sparse, guided)] == [
         0,
@@ -151,12 +153,24 @@ def test_many_devices_are_timed_beside_one() -> None:
 
 @pytest.mark.long
 def test_gradients_of_many_devices_are_held_to_one() -> None:
-    one, *meshes = scaling("--check-gradients")
+    one, *meshes = on_two_processes("scaling.py", *TINY, "--check-gradients")
     assert one["mesh"] == "one"
     assert [line["mesh"] for line in meshes] == ["1x1x2", "1x2x1"]
     for line in meshes:
         assert line["parameters"] == 285
         assert max(line["worst_error"], line["loss_error"]) < 1e-5
+
+
+@pytest.mark.long
+def test_what_travels_is_counted() -> None:
+    ulysses, *switches, sparse, dense = on_two_processes("traffic.py", "--size", "tiny")
+    assert (ulysses["collectives"], sparse["collectives"], dense["collectives"]) == (2, 0, 2)
+    assert ulysses["of_ulysses"] == 1
+    assert len(switches) == 4
+    for line in switches:
+        assert line["collectives"] == 1
+        assert 0 < line["of_ulysses"] < 0.5
+        assert line["of_shards"] <= 0.5 + 1 / 70
 
 
 def test_fewer_layers_keep_the_share_of_dense_ones(module: Any) -> None:
