@@ -95,6 +95,13 @@ COMMANDS: dict[str, Command] = {
         arguments=("src", "dst"),
         examples=("convert checkpoints/osp_next_14b out/diffusers --to diffusers",),
     ),
+    "quantize": Command(
+        "write a checkpoint whose weights take 8 bits (HiF8)",
+        "ospnext.prepare.quantize:QuantizeConfig",
+        "ospnext.prepare.quantize:run",
+        arguments=("src", "dst"),
+        examples=("quantize checkpoints/osp_next_14b checkpoints/osp_next_14b_hif8", "quantize shapes out/shapes_hif8"),
+    ),
     "plan": Command(
         "say what a run needs: memory, traffic, time",
         "ospnext.prepare.plan:PlanConfig",

@@ -16,7 +16,6 @@ _RUN = "generate train rl"
 _SHARED_ALIKE = "the text encoder is shared by as many ranks as the transformer: fsdp_size"
 _TEXT_TO_VIDEO = "text to video is the only task"
 _UNREAD = "nothing reads it, there or here"
-_NO_EIGHT_BIT = "the model runs in weight_dtype"
 _RENDERED = "clips are rendered once and stay on the device"
 
 
@@ -75,7 +74,7 @@ _TABLE: tuple[Row, ...] = (
     *_no_effect(_RUN, "model_type", _TEXT_TO_VIDEO, "model_config"),
     *_no_effect(_RUN, "window_size num_register_tokens", _UNREAD, "model_config"),
     *_no_effect(_RUN, "lock_main_parameters training_with_full", _UNREAD, "model_config"),
-    *_no_effect(_RUN, "quant quant_attn scale_max_forward scale_max_backward", _NO_EIGHT_BIT, "model_config"),
+    *_mapped(_RUN, "quant quant_attn scale_max_forward scale_max_backward", "model_config"),
     *_renamed(
         _RUN,
         {

@@ -1,6 +1,6 @@
 """The configuration sections that commands share: what to load, in which numbers, on how many processes."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,10 +8,34 @@ from ospnext.config import Config
 
 DType = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4"]
+ScaleMax = Annotated[float, Field(ge=2.0**-8, le=384)]
+Format = Literal["hif8", "none"]
 
 
-class ModelConfig(Config):
-    """The transformer: its weights, and its architecture where the weights do not bring a config.json of their own.
+class QuantKeys(Config):
+    """HiF8 of a transformer; None means what its checkpoint says, else off (or the default)."""
+
+    quant: Format | None = Field(default=None, description="hif8: the blocks' linears in HiF8; none: in plain numbers")
+    quant_attn: Format | None = Field(default=None, description="hif8: queries, keys and values in HiF8, too")
+    scale_max_forward: ScaleMax | None = Field(
+        default=None, description="what the largest activation and weight is scaled to; default: 15"
+    )
+    scale_max_backward: ScaleMax | None = Field(
+        default=None, description="what the largest gradient is scaled to; default: 224"
+    )
+    quant_keep: tuple[str, ...] | None = Field(
+        default=None, description="name patterns of layers that stay in plain numbers, such as blocks.0.*"
+    )
+    quant_scaling: Literal["tensor", "token", "running"] | None = Field(
+        default=None, description="tensor | token | running: whose largest number scales; default: tensor"
+    )
+    quant_execution: Literal["auto", "emulation", "fp8", "ascend"] | None = Field(
+        default=None, description="what multiplies; default: auto, the tensor cores where there are any that can"
+    )
+
+
+class ModelConfig(QuantKeys):
+    """The transformer: its weights, its architecture where these bring no config.json of their own, and HiF8.
 
     None means: what the checkpoint folder says, else the default of ``OSPNextTransformer3DModel``.
     """
@@ -43,7 +67,8 @@ class ModelConfig(Config):
 
     def architecture(self) -> dict[str, Any]:
         """The architecture keys that were given, for the transformer's constructor or to compare with its config."""
-        return self.model_dump(exclude={"pretrained_model_dir_or_checkpoint"}, exclude_none=True)
+        others = {"pretrained_model_dir_or_checkpoint", *QuantKeys.model_fields}
+        return self.model_dump(exclude=others, exclude_none=True)
 
 
 class VAEConfig(Config):

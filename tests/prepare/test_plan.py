@@ -22,7 +22,7 @@ def plan(path: Path, *overrides: str, **keys):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *((f"configs/generate/{name}.yaml", "generate") for name in ("osp_14b", "osp_1_3b", "shapes")),
+        *((f"configs/generate/{name}.yaml", "generate") for name in ("osp_14b", "osp_hif8_1_3b", "shapes")),
         ("configs/shapes/transformer.yaml", "train"),
         *((f"tests/data/seed_{name}.yaml", "generate") for name in ("generate", "generate_merged", "generate_paths")),
         *((f"tests/data/seed_{name}.yaml", "train") for name in ("train", "train_dataset")),

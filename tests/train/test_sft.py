@@ -282,3 +282,21 @@ def test_all_of_a_new_transformer_is_initialised(tmp_path, vae_folder):
     torch.manual_seed(config.seed)
     same = build(config, torch.device("cpu")).transformer
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), same.parameters(), strict=True))
+
+
+def test_hif8_training_resumes_exactly_and_says_so(tmp_path, vae_folder, capsys):
+    quant = {"model_config__quant": "hif8", "model_config__quant_attn": "hif8", "train_text_encoder": "true"}
+    assert train(tmp_path / "whole", vae_folder, **quant) == 0
+    assert "8 bits: hif8: 40 linears (emulation, scale by tensor), 8 attentions" in capsys.readouterr().out
+    assert train(tmp_path / "parts", vae_folder, **quant, training_iteration=3) == 0
+    assert train(tmp_path / "parts", vae_folder, **quant) == 0
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    assert train(tmp_path / "plain", vae_folder) == 0
+    quantised, plain = (read_log(tmp_path / name)[-1]["loss"] for name in ("whole", "plain"))
+    assert quantised != plain
+    assert abs(quantised - plain) < 0.05 * plain
+    config = json.loads((tmp_path / "whole/pipeline/transformer/config.json").read_text())
+    assert (config["quant"], config["scale_max_backward"]) == ("hif8", 224.0)
+    assert main(["quantize", str(tmp_path / "whole/pipeline"), str(tmp_path / "small")]) == 0
+    again = ["vae_config.vae_path=null", "train_text_encoder=false", f"model={tmp_path / 'small'}"]
+    assert main(["train", *words(tmp_path / "on", None, training_iteration=1), *again[1:]]) == 0

@@ -21,6 +21,7 @@ from ospnext.checkpoints.formats import NameMap
 from ospnext.checkpoints.memory import require_memory
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names
 from ospnext.parallel.fsdp import shard_of
+from ospnext.quant.linear import ALWAYS_FLOAT32
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is loaded, bytes done and bytes in all."""
@@ -54,6 +55,7 @@ def fill(
     """
     targets = match_names(model, weights, name_of, ignore)
     wide = {n for n, target in targets.items() if dtype == torch.float16 and target.split(".")[-2] in keep_fp32}
+    wide |= {n for n, target in targets.items() if target.rpartition(".")[2] in ALWAYS_FLOAT32}
     infos = {name: weights.tensors[name].cast(torch.float32 if name in wide else dtype) for name in targets}
     if device.type == "meta":
         empty = {
@@ -120,11 +122,20 @@ def match_names(model: nn.Module, weights: Weights, name_of: NameMap, ignore: Co
     """The model's name of every tensor in the files.
 
     Raises:
-        CheckpointError: missing, unexpected or misshaped tensors, under the names in the files.
+        CheckpointError: missing, unexpected or misshaped tensors, or whole numbers for fractions, under the names in
+            the files.
     """
     tied = getattr(model, "_tied_weights_keys", None) or {}
-    expected = {name_of(name): (name, tuple(t.shape)) for name, t in model.state_dict().items() if name not in tied}
-    check_names(type(model).__name__, {name: shape for name, (_, shape) in expected.items()}, weights, ignore)
+    expected = {name_of(name): (name, t) for name, t in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(t.shape) for name, (_, t) in expected.items()}
+    check_names(type(model).__name__, shapes, weights, ignore)
+    strange = [
+        f"{name} {str(info.dtype).removeprefix('torch.')}"
+        for name, info in weights.tensors.items()
+        if name in expected and info.dtype.is_floating_point is not expected[name][1].is_floating_point()
+    ]
+    if strange:
+        raise CheckpointError(f"{weights.source}: numbers of another kind than the model's: {list_names(strange)}")
     return {name: target for name, (target, _) in expected.items()}
 
 

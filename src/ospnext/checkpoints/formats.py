@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.quant.settings import SAVED
 
 NameMap = Callable[[str], str]
 
@@ -34,9 +35,9 @@ SPARSE_KEYS = ("skiparse_model_type", "sparse_ratio", "num_full_blocks", "skipar
 KNOWN_HEADS = {1536: 12, 2048: 16, 5120: 40}
 """Heads of the widths that Wan2.1 and OSP-Next publish: the one size no weight's shape tells."""
 
-# Settings of the reference system that change no weight and nothing here: 8-bit emulation, and options never used.
+# Settings that are no part of the network: how it is quantised (``quantised`` reads them), and options never used.
 _OSP_IGNORED = {
-    *("window_size", "quant", "quant_attn", "scale_max_forward", "scale_max_backward"),
+    *("window_size", *SAVED),
     *("skiparse_1d", "skiparse_2d", "num_register_tokens", "lock_main_parameters", "training_with_full"),
 }
 _WAN_IGNORED = {"window_size"}

@@ -35,8 +35,12 @@ from ospnext.checkpoints.formats import (
     native_name,
     read_settings,
 )
+from ospnext.checkpoints.quantised import check_stored, decoded, put_quantisation, running_names, said_of
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.quant.apply import quantize
+from ospnext.quant.linear import AMAX
+from ospnext.quant.settings import recipe
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -62,6 +66,8 @@ def load_transformer(
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
     shard: Shard | None = None,
+    quant: Mapping[str, Any] | None = None,
+    trainable: bool = False,
     **overrides: Any,
 ) -> OSPNextTransformer3DModel:
     """The transformer from a release folder of OSP-Next, Wan2.1's or diffusers' folder, our own, or a flat file.
@@ -73,6 +79,8 @@ def load_transformer(
         device: where they go; ``meta`` checks settings, names and shapes, and reads no tensor.
         progress: called while loading with a label, bytes done and bytes in all.
         shard: how processes share the weights; ``device`` is then where they are kept (``fsdp.storage_device``).
+        quant: keys of ``quant.settings.QuantKeys``; they win over what the folder's config.json says.
+        trainable: hold weights that are stored in 8 bits in plain numbers, as they also are where processes share them.
         **overrides: constructor arguments. For a file they say what its shapes do not (``num_heads``, the sparse
             settings); for a folder they may only add what its config.json leaves open, such as sparse settings for
             Wan2.1's weights. Weights for which nobody names sparse settings run dense.
@@ -82,14 +90,28 @@ def load_transformer(
         OutOfMemoryError: the weights do not fit on the device.
     """
     settings, weights, name_of = open_transformer(path, **overrides)
+    said = said_of(weights.source)
+    config = recipe(said | dict(quant or {}), torch.device(device))
     with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
-    if shard is None:
-        fill(model, weights, name_of, dtype, torch.device(device), progress)
+    running, known = config is not None and config.scaling == "running", running_names(weights)
+    if running and not known and (shard is not None or not trainable):
+        raise CheckpointError(f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it")
+    ignore = set() if running else known
+    later = running and not known  # they start at nothing, which no file needs to say
+    if config is None or later:
+        weights = decoded(weights)
     else:
-        fill(model, weights, name_of, dtype, torch.device("meta"))
+        weights = put_quantisation(model, weights, said, config, in_8_bits=not trainable and shard is None)
+    if shard is None:
+        fill(model, weights, name_of, dtype, torch.device(device), progress, ignore=ignore)
+        check_stored(model, weights.source)
+    else:
+        fill(model, weights, name_of, dtype, torch.device("meta"), ignore=ignore)
         shard(model)
-        fill_shards(model, weights, name_of, torch.device(device), progress)
+        fill_shards(model, weights, name_of, torch.device(device), progress, ignore)
+    if config is not None and later:
+        quantize(model, config)
     return model.eval()
 
 

@@ -22,6 +22,8 @@ from transformers.utils import logging as transformers_logging
 from ospnext.checkpoints.formats import DEFAULTS, NameMap, name_map, native_name, write_settings
 from ospnext.checkpoints.read import SUFFIXES, CheckpointError, TensorInfo
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.quant.linear import AMAX, SEEN
+from ospnext.quant.settings import SAVED
 
 TARGETS = ("diffusers", "wan", "osp", "pt")
 _STEM = "diffusion_pytorch_model"
@@ -59,8 +61,10 @@ def save_transformer(
     adapters = [name for name in state if "lora_" in name or ".base_layer." in name]
     if adapters:
         raise CheckpointError(f"the model holds a LoRA adapter ({adapters[0]} ...): merge and unload it, then save")
+    if to != "osp":  # what only our own training reads
+        state = {name: t for name, t in state.items() if name.rpartition(".")[2] not in (AMAX, SEEN)}
     tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
-    settings = {key: model.config[key] for key in DEFAULTS}
+    settings = {key: model.config[key] for key in (*DEFAULTS, *SAVED) if key in model.config}
     write_checkpoint(Source(settings, tensors, state.__getitem__), path, to, max_shard_size, overwrite)
 
 
@@ -72,10 +76,12 @@ def write_checkpoint(
         raise CheckpointError(f"format {to!r} is not known: use {', '.join(TARGETS)}")
     target = Path(path).absolute()
     check_target(target, to, overwrite)
+    if to != "osp" and any(info.dtype is torch.uint8 for info in source.tensors.values()):
+        raise CheckpointError(f"{target}: 8-bit weights are written in the osp format only: use that, or plain numbers")
     if to == "pt":
         _write_file(source, target)
         return
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         config = write_settings(source.settings, to)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_shards(source, folder, target, name_map(to), max_shard_size)
@@ -188,7 +194,7 @@ def _write(
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well, and is gone when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

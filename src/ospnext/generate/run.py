@@ -38,6 +38,7 @@ from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout, block_layouts
 from ospnext.parallel.apply import describe
 from ospnext.parallel.launch import Launch, agree, gather_objects, place
+from ospnext.quant.settings import SAVED
 
 GRID = "video_grid.mp4"
 
@@ -175,8 +176,12 @@ def shared_settings(config: GenerateConfig, plan: Plan) -> dict[str, Any]:
     paths = {name: str(getattr(plan.places, name).resolve()) for name in ("transformer", "vae", "text_encoder")}
     dtypes = {f"{name}_dtype": _short(dtype) for name, dtype in plan.dtypes._asdict().items()}
     sparse = {key: plan.transformer[key] for key in SPARSE_KEYS}  # dense weights may run in any way that is asked for
+    eight_bits = {key: plan.transformer[key] for key in SAVED if plan.transformer.get(key) is not None}
+    if eight_bits:
+        eight_bits["8 bits"] = plan.eight_bits
     text_len = config.text_encoder_config.text_len or plan.transformer["text_len"]
-    return paths | dtypes | sparse | plan.sampling._asdict() | {"text_len": text_len, "save_fps": config.save_fps}
+    others = {"text_len": text_len, "save_fps": config.save_fps}
+    return paths | dtypes | sparse | eight_bits | plan.sampling._asdict() | others
 
 
 def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> dict[str, str]:
@@ -196,6 +201,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "numbers": ", ".join(
             f"{name.replace('_', ' ')} {_short(dtype)}" for name, dtype in plan.dtypes._asdict().items()
         ),
+        "8 bits": plan.eight_bits,
         "attention": describe_kernel(config.attention_kernel, device, plan.dtypes.transformer),
         "norms": describe_fused(device),
         "blocks": f"{dense} dense" + (sparse if layouts else ""),

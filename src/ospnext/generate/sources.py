@@ -33,6 +33,9 @@ from ospnext.parallel.apply import Fit
 from ospnext.parallel.guidance import SplitGuidance
 from ospnext.parallel.ownership import segment_count
 from ospnext.parallel.team import VideoTeam
+from ospnext.quant.apply import describe, is_quantised
+from ospnext.quant.config import choose_execution
+from ospnext.quant.settings import quant_keys
 
 DECODING: dict[str, tuple[DecodeMode, ...]] = {"auto": DECODE_MODES, "on": ("tiled",), "off": ("whole", "chunked")}
 """Ways the autoencoder may decode, best first, by ``vae_tiling``."""
@@ -57,7 +60,7 @@ class Footprint(NamedTuple):
 
 class Plan(NamedTuple):
     """What a run will do: where its components are, the transformer's settings, every component's dtype, sampling
-    values, which components stay on the CPU while idle, and who shares what."""
+    values, which components stay on the CPU while idle, who shares what, and what runs in 8 bits: in words, as keys."""
 
     places: ComponentPaths
     transformer: dict[str, Any]
@@ -65,6 +68,8 @@ class Plan(NamedTuple):
     sampling: Sampling
     offload: frozenset[str]
     sizes: Fit
+    eight_bits: str
+    quant: dict[str, Any]
 
 
 def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> Plan:
@@ -80,7 +85,17 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
     """
     places = find_sources(config)
     dtypes = choose_dtypes(config, device)
-    transformer = load_transformer(places.transformer, dtype=dtypes.transformer, device="meta", **config.architecture())
+    quant = quant_keys(config.transformer_config)
+    transformer = load_transformer(
+        places.transformer,
+        dtype=dtypes.transformer,
+        device="meta",
+        quant=quant | {"quant_execution": "emulation"},
+        **config.architecture(),
+    )
+    execution = None
+    if is_quantised(transformer):
+        execution = quant["quant_execution"] = choose_execution(quant.get("quant_execution", "auto"), device)
     vae = load_vae(places.vae, dtypes.vae, "meta")
     text_encoder = load_text_encoder(places.text_encoder, dtypes.text_encoder, "meta")
     check_fit(transformer, vae, text_encoder, load_tokenizer(places.tokenizer))
@@ -101,7 +116,8 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
     if config.encoder_cpu_offload:
         asked |= {"vae", "text_encoder"}
     offload = choose_offload(parts, device, frozenset(asked))
-    return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes)
+    eight_bits = describe(transformer, execution)
+    return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes, eight_bits, quant)
 
 
 def check_fit(
@@ -299,6 +315,7 @@ def load_pipeline(
         dtypes.transformer,
         home("transformer"),
         progress=progress,
+        quant=plan.quant,
         **config.architecture(),
     )
     transformer.set_attention_kernel(config.attention_kernel)

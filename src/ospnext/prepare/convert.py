@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
+from ospnext.checkpoints.quantised import decoded, running_names, said_of
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
@@ -72,11 +73,12 @@ def convert(
         raise CheckpointError(f"{target}: is the source: write somewhere else")
     with torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
-    names = match_names(model, weights, name_of)
-    stored = {names[file_name]: file_name for file_name in weights.tensors}  # in the order of the files
+    said, weights = said_of(weights.source), decoded(weights)
+    names = match_names(model, weights, name_of, running_names(weights))
+    stored = {names[file]: file for file in weights.tensors if file in names}  # in the order of the files
     tensors = {name: weights.tensors[file_name].cast(dtype) for name, file_name in stored.items()}
     with weights.opened() as read:
-        source = Source(settings, tensors, lambda name: read(stored[name]).to(tensors[name].dtype))
+        source = Source(settings | said, tensors, lambda name: read(stored[name]).to(tensors[name].dtype))
         write_checkpoint(source, target, to, max_shard_size, overwrite)
     note = f"; {_NOTES[to]}" if to in _NOTES and settings["skiparse_model_type"] != "full" else ""
     return f"wrote {target}: {len(tensors)} tensors, {_size(weights.nbytes(dtype))}{note}"

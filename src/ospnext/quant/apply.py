@@ -6,7 +6,7 @@ Before adapters, sharding and compilation, which all take the new linears for pl
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,8 +16,9 @@ from torch import nn
 
 from ospnext.ops.attention import Attend
 from ospnext.quant.attention import HiF8Attend
-from ospnext.quant.config import QuantConfig
+from ospnext.quant.config import Execution, QuantConfig
 from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear
+from ospnext.quant.settings import saved_keys
 
 _WAY_OUT = "keep that layer in plain numbers (model_config.quant_keep) or look at what it is given"
 
@@ -26,13 +27,14 @@ class NonFiniteError(ValueError):
     """A quantised model met NaN or infinity; the message names the layer where."""
 
 
-def quantize(model: nn.Module, config: QuantConfig, stored: bool = False) -> list[str]:
+def quantize(model: Any, config: QuantConfig, stored: Collection[str] = ()) -> list[str]:
     """Replace linears and attention by their HiF8 forms, in place; names and numbers of the parameters stay.
 
     Args:
         model: on any device, or on meta; without adapters.
         config: which and how.
-        stored: hold the weights as eight bits, for sampling or below adapters; they are not trained then.
+        stored: names of linears whose weights are held as eight bits, for sampling or below adapters; they are not
+            trained then.
 
     Returns:
         Names of the linears and attention modules that were replaced.
@@ -40,7 +42,7 @@ def quantize(model: nn.Module, config: QuantConfig, stored: bool = False) -> lis
     Raises:
         ValueError: a pattern matches nothing, a model is quantised already, or a weight is NaN or infinite.
     """
-    if any(True for _ in quantised(model)):
+    if is_quantised(model):
         raise ValueError("the model is quantised already: load it anew to change how")
     names = matching(model, config)
     for name in names:
@@ -48,7 +50,7 @@ def quantize(model: nn.Module, config: QuantConfig, stored: bool = False) -> lis
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             try:
-                linear = (HiF8StoredLinear if stored else HiF8Linear)(module, config)
+                linear = (HiF8StoredLinear if name in stored else HiF8Linear)(module, config)
             except ValueError as error:
                 raise ValueError(f"{name}: its weight {error}") from error
             model.get_submodule(parent)._modules[child] = linear
@@ -59,6 +61,8 @@ def quantize(model: nn.Module, config: QuantConfig, stored: bool = False) -> lis
         # Not in a layer's own pass, which activation checkpointing repeats.
         model.register_forward_pre_hook(lambda module, args: advance(module) if module.training else None)
     model.register_forward_hook(_Watch(), with_kwargs=True)
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**saved_keys(config))  # a checkpoint of it says how it ran
     return names
 
 
@@ -104,14 +108,19 @@ def _inner_attend(module: nn.Module) -> HiF8Attend | None:
     return attend
 
 
-def describe(model: nn.Module) -> str:
-    """What runs in HiF8, for a report: ``hif8: 80 linears on fp8 (scale: tensor), 20 attentions by emulation``."""
+def is_quantised(model: nn.Module) -> bool:
+    """Whether anything of a model runs in HiF8."""
+    return next(quantised(model), None) is not None
+
+
+def describe(model: nn.Module, execution: Execution | None = None) -> str:
+    """What runs in HiF8, for a report; ``execution`` is what will run where the model is on meta so far."""
     linears = [module for _, module in quantised(model) if isinstance(module, HiF8Linear)]
     attentions = sum(isinstance(module, HiF8Attend) for _, module in quantised(model))
     if not linears and not attentions:
         return "none"
     kinds = Counter(
-        f"{module.quant.execution}, scale by {module.quant.scaling}"
+        f"{execution or module.quant.execution}, scale by {module.quant.scaling}"
         + (", weights stored in 8 bits" if isinstance(module, HiF8StoredLinear) else "")
         for module in linears
     )

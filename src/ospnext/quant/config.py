@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from ospnext.quant.ascend import check_cann
+
 Scaling = Literal["tensor", "token", "running"]
 Execution = Literal["emulation", "fp8", "ascend"]
 ReduceAmax = Callable[[torch.Tensor], torch.Tensor]
@@ -69,13 +71,15 @@ def choose_execution(name: Execution | Literal["auto"], device: torch.device) ->
     """
     tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
     if name == "auto":
-        return "fp8" if tensor_cores else "ascend" if device.type == "npu" else "emulation"
+        name = "fp8" if tensor_cores else "ascend" if device.type == "npu" else "emulation"
     if name == "fp8" and device.type == "cuda" and not tensor_cores:
         raise ValueError(
             f"quant_execution fp8 needs FP8 tensor cores (compute capability 8.9): {device} has none; use emulation"
         )
     if name == "fp8" and device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"quant_execution fp8 needs an NVIDIA GPU, not {device}: use auto")
-    if name == "ascend" and device.type != "npu":
-        raise ValueError(f"quant_execution ascend needs an Ascend device (npu), not {device}: use auto")
+    if name == "ascend":
+        if device.type != "npu":
+            raise ValueError(f"quant_execution ascend needs an Ascend device (npu), not {device}: use auto")
+        check_cann()
     return name

@@ -74,4 +74,5 @@ def matmul(a: Held, b: Held, execution: Execution, dtype: torch.dtype) -> torch.
         return fp8.scaled_mm(a.values, b.values, a.inverse, b.inverse, dtype)
     if execution == "ascend":
         return ascend.matmul(a.values, b.values, a.inverse, b.inverse, dtype)
-    return (a.values.float() @ b.values.float().t() * (a.inverse * b.inverse)).to(dtype)
+    with torch.autocast(a.values.device.type, enabled=False):  # it would multiply in half precision
+        return (a.values.float() @ b.values.float().t() * (a.inverse * b.inverse)).to(dtype)

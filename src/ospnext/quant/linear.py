@@ -23,6 +23,8 @@ AMAX, SEEN = "hif8_amax", "hif8_seen"
 SCALE = "weight_scale"
 """Buffer of a stored weight: what its codes' numbers are to be multiplied by."""
 
+ALWAYS_FLOAT32 = (AMAX, SEEN, SCALE)
+
 
 class HiF8Linear(nn.Linear):
     """A linear that rounds to HiF8 what it multiplies; its parameters are those of the linear it replaces.
@@ -135,7 +137,7 @@ class _Product(torch.autograd.Function):
         ctx.running, ctx.seen = running, seen  # as they are then, not now
         ctx.config, ctx.reduce = config, reduce
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        return out.to(x.dtype).view(*x.shape[:-1], len(weight))
+        return out.to(_out_dtype(x)).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -210,6 +212,12 @@ def _weight_gradient(held_g: Held, held_x: Held, config: QuantConfig, dtype: tor
     return total
 
 
+def _out_dtype(x: torch.Tensor) -> torch.dtype:
+    """A linear's: its input's, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _wide(x: torch.Tensor, config: QuantConfig) -> torch.dtype:
     """What a product is given back in: float32 where the bias is added to it unrounded."""
-    return torch.float32 if config.execution == "emulation" else x.dtype
+    return torch.float32 if config.execution == "emulation" else _out_dtype(x)

@@ -5,7 +5,7 @@ averaged weights, ready for ``ospnext generate model=...``.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from ospnext.generate.size import size_step
 from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.attention import describe_kernel
+from ospnext.quant.apply import describe, quantize
+from ospnext.quant.settings import quant_keys, recipe
 from ospnext.train.clips import ClipSize, LatentClips, sample_scenes
 from ospnext.train.loop import LoopSettings, Losses, fit
 from ospnext.train.settings import NoiseConfig, TrainConfig
@@ -61,7 +63,7 @@ def run(config: TrainConfig) -> None:
     if config.train_text_encoder:
         trained["text_encoder"] = parts.text_encoder.train().requires_grad_(True)
     data = make_data(config, parts, device)
-    report(config, trained, device)
+    report(config, trained, device, describe(parts.transformer))
     if config.gradient_checkpointing:
         parts.transformer.enable_gradient_checkpointing()
     if config.compile and device.type != "cpu":
@@ -92,8 +94,10 @@ def build(config: TrainConfig, device: torch.device) -> Components:
     weights = config.transformer_config.pretrained_model_dir_or_checkpoint
     if weights is None:
         transformer = OSPNextTransformer3DModel(**config.architecture()).to(device)
+        if (eight_bits := recipe(quant_keys(config.transformer_config), device)) is not None:
+            quantize(transformer, eight_bits)
     else:
-        transformer = load_transformer(weights, dtype=torch.float32, device=device, **config.architecture())
+        transformer = load_transformer(weights, dtype=torch.float32, device=device, **trained_as(config))
     transformer.set_attention_kernel(config.attention_kernel)
     text = config.text_encoder_config
     tokenizer = ByT5Tokenizer() if text.text_tokenizer_path is None else load_tokenizer(text.text_tokenizer_path)
@@ -106,6 +110,11 @@ def build(config: TrainConfig, device: torch.device) -> Components:
             "text_encoder_config.checkpoint_path is missing: name a text encoder, or set train_text_encoder"
         )
     return Components(transformer, vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer)
+
+
+def trained_as(config: TrainConfig) -> dict[str, Any]:
+    """How ``load_transformer`` shall make a transformer that is to be trained."""
+    return {"trainable": True, "quant": quant_keys(config.transformer_config), **config.architecture()}
 
 
 def vae_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -129,7 +138,7 @@ def load_model(config: TrainConfig, device: torch.device) -> Components:
         vae_dtype=vae_dtype(config, device),
         text_encoder_dtype=torch.float32,
         device=device,
-        **config.architecture(),
+        **trained_as(config),
     )
     parts.transformer.set_attention_kernel(config.attention_kernel)
     encoder = parts.text_encoder.requires_grad_(False)
@@ -237,14 +246,14 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
     )
 
 
-def report(config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device) -> None:
+def report(config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device, eight_bits: str) -> None:
     """Say what will really run."""
     dtype = resolve_dtype(config.weight_dtype)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in trained.items())
     print(
         f"training {sizes} on {device_label(device)}; float32 weights, {dtype_label(dtype)} "
         f"arithmetic; latents in {dtype_label(vae_dtype(config, device))}; "
-        f"attention: {describe_kernel(config.attention_kernel, device, dtype)}; "
+        f"attention: {describe_kernel(config.attention_kernel, device, dtype)}; 8 bits: {eight_bits}; "
         f"one process, {config.data_config.batch_size * config.gradient_accumulation_steps} clips a step"
     )
 

@@ -1,0 +1,207 @@
+"""``ospnext quantize SRC DST``: a checkpoint whose blocks' weights take 8 bits, on disk and in memory.
+
+    ospnext quantize checkpoints/osp_next_14b checkpoints/osp_next_14b_hif8
+    ospnext quantize shapes outputs/shapes_hif8 model_config.quant_keep='[blocks.0.*]'
+
+SRC is a transformer in any format, or a whole pipeline folder, whose other parts are copied. What is written runs in
+HiF8 unless ``model_config.quant: none`` asks for plain numbers, and gives exactly what SRC gives with ``quant: hif8``.
+Tensors are streamed: memory holds one shard.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from rich.progress import track
+from torch import nn
+
+from ospnext.checkpoints.components import find_components, pipeline_folder
+from ospnext.checkpoints.fill import match_names
+from ospnext.checkpoints.load import open_transformer
+from ospnext.checkpoints.quantised import decoded, running_names, said_of
+from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo
+from ospnext.checkpoints.save import Source, check_target, new_folder, write_checkpoint
+from ospnext.config import Config
+from ospnext.device import resolve_dtype
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.ops import hif8
+from ospnext.quant.apply import matching
+from ospnext.quant.config import QuantConfig
+from ospnext.quant.linear import SCALE, encode_weight
+from ospnext.quant.settings import quant_keys, recipe, saved_keys
+from ospnext.sections import DType, ModelConfig
+
+
+class QuantizeConfig(Config):
+    """``ospnext quantize``: a checkpoint in 8 bits."""
+
+    src: str = Field(min_length=1, description="a transformer's folder or file, a pipeline folder, or 'shapes'")
+    dst: str = Field(min_length=1, description="the folder to write")
+    dtype: DType | None = Field(None, description="numbers of all other weights; default: as stored")
+    max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of a shard at most")
+    overwrite: bool = Field(False, description="replace a checkpoint that is in dst")
+    transformer_config: ModelConfig = Field(
+        default_factory=ModelConfig, alias="model_config", description="settings that src does not give, and the recipe"
+    )
+
+
+class Written(NamedTuple):
+    """What was written: bytes before and after, linears in 8 bits, and the error of each weight, largest first."""
+
+    before: int
+    after: int
+    errors: list[tuple[str, float]]
+
+
+def run(config: QuantizeConfig) -> str:
+    """Quantise as configured; returns the lines to print."""
+    source, target = pipeline_folder(config.src), Path(config.dst).absolute()
+    keys = {"quant": "hif8", "quant_attn": "hif8"} | quant_keys(config.transformer_config)
+    chosen = recipe(keys | {"quant_execution": "emulation"}, torch.device("cpu"))
+    if chosen is None or not chosen.linears:
+        raise CheckpointError("model_config.quant is none: there is nothing to quantise, use ospnext convert")
+    if chosen.scaling == "running":
+        raise CheckpointError("model_config.quant_scaling running comes from training, not from here: use tensor")
+    if target == source.resolve() or target in source.resolve().parents or source.resolve() in target.parents:
+        raise CheckpointError(f"{target}: is the source, or in it: write somewhere else")
+    dtype = None if config.dtype is None else resolve_dtype(config.dtype)
+    options = (chosen, dtype, config.max_shard_size)
+    settings = config.transformer_config.architecture()
+    if (source / "model_index.json").is_file():
+        written = _quantize_pipeline(source, target, config.overwrite, options, settings)
+    else:
+        check_target(target, "osp", config.overwrite)
+        written = quantize_transformer(source, target, *options, config.overwrite, **settings)
+    return _summary(target, written)
+
+
+def quantize_transformer(
+    source: Path,
+    target: Path,
+    config: QuantConfig,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Written:
+    """Write a transformer's checkpoint with the recipe's linears in 8 bits.
+
+    Args:
+        source, overrides: as in ``load_transformer``; weights that are in 8 bits already are decoded and rounded anew,
+            which changes nothing where the recipe is the same.
+        target, max_shard_size, overwrite: as in ``save_transformer``.
+        config: the recipe.
+        dtype: of all other floating point; None keeps it.
+
+    Raises:
+        CheckpointError: ``source`` cannot be loaded, ``target`` must not be written, or a weight is NaN or infinite.
+        ValueError: a pattern of the recipe matches nothing.
+    """
+    settings, weights, name_of = open_transformer(source, **overrides)
+    before, said = weights.nbytes(), said_of(weights.source)
+    weights = decoded(weights)
+    with torch.device("meta"):
+        model = OSPNextTransformer3DModel(**settings)
+    names = match_names(model, weights, name_of, running_names(weights))
+    linears = {name for name in matching(model, config) if isinstance(model.get_submodule(name), nn.Linear)}
+    tensors: dict[str, TensorInfo] = {}
+    stored: dict[str, str] = {}
+    for file_name in (name for name in weights.tensors if name in names):
+        name, info = names[file_name], weights.tensors[file_name]
+        stored[name] = file_name
+        linear = name.removesuffix(".weight")
+        if name.endswith(".weight") and linear in linears:
+            tensors[name] = TensorInfo(info.shape, torch.uint8)
+            tensors[f"{linear}.{SCALE}"] = TensorInfo((), torch.float32)
+        else:
+            tensors[name] = info.cast(dtype)
+    with weights.opened() as read:
+        encoder = _Encoder(read, stored, tensors, config, weights.source)
+        get = _counted(encoder.get, len(tensors))
+        keys = said | saved_keys(config)
+        write_checkpoint(Source(settings | keys, tensors, get), target, "osp", max_shard_size, overwrite)
+    after = sum(info.nbytes for info in tensors.values())
+    return Written(before, after, sorted(encoder.errors.items(), key=lambda item: -item[1]))
+
+
+class _Encoder:
+    """Gives every tensor as it is written; a weight and its scale, which are asked for in turn, are made once."""
+
+    def __init__(
+        self,
+        read: Reader,
+        stored: Mapping[str, str],
+        tensors: Mapping[str, TensorInfo],
+        config: QuantConfig,
+        source: Path,
+    ) -> None:
+        self._read, self._stored, self._tensors, self._config, self._source = read, stored, tensors, config, source
+        self._scales: dict[str, torch.Tensor] = {}
+        self.errors: dict[str, float] = {}
+
+    def get(self, name: str) -> torch.Tensor:
+        linear, _, leaf = name.rpartition(".")
+        if leaf == SCALE:
+            if linear not in self._scales:
+                self.get(f"{linear}.weight")
+            return self._scales[linear]
+        x = self._read(self._stored[name])
+        info = self._tensors[name]
+        if info.dtype is not torch.uint8:
+            return x.to(info.dtype)
+        try:
+            codes, self._scales[linear] = encode_weight(x, self._config.scale_max_forward)
+        except ValueError as error:
+            raise CheckpointError(f"{self._source}: {name} {error}") from error
+        back, plain = hif8.decode(codes) * self._scales[linear], x.float()
+        self.errors[linear] = float((back - plain).norm() / plain.norm().clamp(min=1e-30))
+        return codes
+
+
+def _counted(get: Callable[[str], torch.Tensor], total: int) -> Callable[[str], torch.Tensor]:
+    """The same, with a bar that moves at every tensor."""
+    steps = iter(track(range(total), "quantising", transient=True))
+
+    def counting(name: str) -> torch.Tensor:
+        next(steps, None)
+        return get(name)
+
+    return counting
+
+
+def _quantize_pipeline(
+    source: Path,
+    target: Path,
+    overwrite: bool,
+    options: tuple[QuantConfig, torch.dtype | None, int],
+    settings: Mapping[str, Any],
+) -> Written:
+    """A pipeline folder beside the source: its transformer in 8 bits, all else copied; whole or not at all."""
+    find_components(source)
+    if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
+        way = "choose another folder" if not overwrite else "it is no pipeline folder: choose another"
+        raise CheckpointError(f"{target}: exists; {way}" + ("" if overwrite else ", or set overwrite=true"))
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(target))
+        written = quantize_transformer(source / "transformer", folder / "transformer", *options, **settings)
+        for part in sorted(source.iterdir()):
+            if part.is_dir() and part.name != "transformer":
+                shutil.copytree(part, folder / part.name)
+            elif part.is_file():
+                shutil.copy2(part, folder / part.name)
+    return written
+
+
+def _summary(target: Path, written: Written) -> str:
+    errors = written.errors
+    worst = ", ".join(f"{name} {error:.2%}" for name, error in errors[:3])
+    middle = errors[len(errors) // 2][1]
+    return (
+        f"wrote {target}: {written.after / 1e6:.2f} MB of weights, {written.after / written.before:.0%} of "
+        f"{written.before / 1e6:.2f} MB; {len(errors)} linears in 8 bits\n"
+        f"error of a weight (norm): {middle:.2%} in the middle, most in {worst}"
+    )
