@@ -27,6 +27,7 @@ from ospnext.generate.run import make_folder
 from ospnext.generate.settings import Guidance, Steps
 from ospnext.media import contact_sheet, write_video
 from ospnext.ops.attention import describe_kernel
+from ospnext.quant.apply import describe, is_quantised
 from ospnext.sections import AttentionKernel, DType
 from ospnext.shapes.captions import caption
 from ospnext.shapes.grade import Grade
@@ -95,6 +96,8 @@ def run(config: EvaluateShapesConfig) -> None:
     grades = grade_all(videos, scenes)
     result = summarise(grades, scenes)
     where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
+    if is_quantised(pipe.transformer):
+        where += f", {describe(pipe.transformer)}"
     show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {where}")
     write(config, result, prompts, grades, videos)
 
