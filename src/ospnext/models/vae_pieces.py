@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, unpatc
 from torch import Tensor
 
 _KEPT = 2  # frames that a causal convolution remembers
-_MARGIN = 3  # latent pixels: about what a piece computes beyond its edge where most of the work is
+MARGIN = 3  # latent pixels: about what a piece computes beyond its edge where most of the work is
 
 Cache = list[Tensor | None]
 
@@ -73,6 +73,11 @@ class Piece(NamedTuple):
         """This rectangle of ``x [..., H, W]``, which is the rectangle ``out_of``."""
         top, left = out_of.top, out_of.left
         return x[..., self.top - top : self.bottom - top, self.left - left : self.right - left]
+
+
+def area(piece: Piece) -> int:
+    """Latent pixels of a piece."""
+    return (piece.bottom - piece.top) * (piece.right - piece.left)
 
 
 def split(height: int, width: int, count: int) -> list[Piece]:
@@ -199,7 +204,7 @@ def _causal(conv: Any, x: Tensor, cache: Cache | None, at: list[int]) -> Tensor:
 
 
 def _largest(length: int, parts: int) -> int:
-    return -(-length // parts) + (2 * _MARGIN if parts > 2 else _MARGIN if parts == 2 else 0)
+    return -(-length // parts) + (2 * MARGIN if parts > 2 else MARGIN if parts == 2 else 0)
 
 
 def _runs(length: int, parts: int) -> Iterable[tuple[int, int]]:

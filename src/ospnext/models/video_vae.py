@@ -18,7 +18,19 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchi
 from torch import Tensor
 
 from ospnext.device import free_memory
-from ospnext.models.vae_pieces import Alone, Piece, Team, blend, decode_piece, new_cache, resample_whole, split, tiles
+from ospnext.models.vae_pieces import (
+    MARGIN,
+    Alone,
+    Piece,
+    Team,
+    area,
+    blend,
+    decode_piece,
+    new_cache,
+    resample_whole,
+    split,
+    tiles,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -195,16 +207,12 @@ def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode, team: int =
     frames = 1 + config.scale_factor_temporal * (latent_frames - 1)
     pixels = height * width * config.scale_factor_spatial**2
     at_once = frames if mode == "whole" else 2 * config.scale_factor_temporal  # a chunk, and the cache beside it
-    widest = max(_area(piece.grown(3, height, width)) for piece in split(height, width, team))
-    area = widest * config.scale_factor_spatial**2
-    tile = min(pixels, vae.tile_sample_min_height * vae.tile_sample_min_width) if mode == "tiled" else area
+    widest = max(area(piece.grown(MARGIN, height, width)) for piece in split(height, width, team))
+    largest = widest * config.scale_factor_spatial**2
+    tile = min(pixels, vae.tile_sample_min_height * vae.tile_sample_min_width) if mode == "tiled" else largest
     channels = (config.decoder_base_dim or config.base_dim) * max(config.dim_mult[:2])
     maps = at_once * tile // (config.patch_size or 1) ** 2 * channels * _LIVE_MAPS * vae.dtype.itemsize
     return maps + 3 * frames * pixels // team * 3 * 4  # and three copies of the finished video, float32
-
-
-def _area(piece: Piece) -> int:
-    return (piece.bottom - piece.top) * (piece.right - piece.left)
 
 
 # Feature maps of the widest stage at full size that live at the same time: 2.5 in float32 and 3.6 in bfloat16 were

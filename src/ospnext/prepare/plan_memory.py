@@ -54,23 +54,23 @@ def rows(recipe: Recipe, mesh: Mesh) -> int:
     return recipe.batch * (2 if recipe.guided and recipe.batched and mesh.cfg == 1 else 1)
 
 
-def decode_mode(recipe: Recipe, free: int) -> DecodeMode:
-    """The way the autoencoder decodes in so many free bytes."""
+def decode_mode(recipe: Recipe, team: int, free: int) -> DecodeMode:
+    """The way the autoencoder decodes in so many free bytes where ``team`` processes share a video."""
     modes = DECODING[recipe.tiling]
-    return next((mode for mode in modes if decode_peak(recipe, mode) <= free), modes[-1])
+    return next((mode for mode in modes if decode_peak(recipe, mode, team) <= free), modes[-1])
 
 
 @lru_cache(maxsize=64)
-def decode_peak(recipe: Recipe, mode: DecodeMode) -> int:
-    """Bytes that decoding one video takes on top of the weights."""
+def decode_peak(recipe: Recipe, mode: DecodeMode, team: int) -> int:
+    """Bytes that decoding one video takes on top of the weights, on one of ``team`` processes."""
     z = torch.empty(1, *recipe.latents, device="meta")
-    return decode_bytes(recipe.vae, z, mode)
+    return decode_bytes(recipe.vae, z, mode, team)
 
 
 def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
     settings = recipe.settings
     own = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
-    text = nbytes(recipe.text_encoder)
+    text = nbytes(recipe.text_encoder) // mesh.fsdp
     resting = {"transformer": own, "autoencoder": nbytes(recipe.vae)}
     if not recipe.offload_text:
         resting["text encoder"] = text
@@ -78,7 +78,7 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
     prompts = recipe.batch * (2 if recipe.guided else 1)
     item = recipe.text_encoder.dtype.itemsize
     encoding = prompts * settings["text_len"] * (3 * config.d_ff + 6 * config.d_model) * item
-    decoding = decode_mode(recipe, device.memory - sum(resting.values()))
+    decoding = decode_mode(recipe, mesh.video, device.memory - sum(resting.values()))
     return (
         Phase("encode prompts", resting | {"text encoder": text, "activations": encoding}),
         Phase(
@@ -90,7 +90,7 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
         ),
         Phase(
             f"decode ({decoding})",
-            resting | {"activations": decode_peak(recipe, decoding), "latents": _latents(recipe)},
+            resting | {"activations": decode_peak(recipe, decoding, mesh.video), "latents": _latents(recipe)},
         ),
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ospnext.assemble import fit_run
 from ospnext.config import ConfigError
 from ospnext.parallel.ownership import segment_count
 from ospnext.prepare.plan_recipe import Recipe
@@ -24,6 +25,11 @@ class Mesh(NamedTuple):
     def world(self) -> int:
         """Processes in all."""
         return self.fsdp * self.ddp
+
+    @property
+    def video(self) -> int:
+        """Processes that share a video."""
+        return self.cfg * self.ssp * self.ulysses
 
     def sequence(self, recipe: Recipe) -> Sequence:
         """How a video of a recipe is shared."""
@@ -48,20 +54,14 @@ def configured_mesh(recipe: Recipe, config: RunConfig, world: int) -> Mesh:
     """The arrangement that a configuration asks for on so many processes.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none; the message names some.
     """
-    ulysses = config.sp_size if config.use_sequence_parallel else 1
-    ssp = config.skiparse_sp_size if config.use_skiparse_sequence_parallel else 1
-    cfg = getattr(config, "cfg_parallel_size", 1)
-    fsdp = min(config.fsdp_size, world)
     segments = segment_count(recipe.transformer.layouts, recipe.settings["sparse_ratio"])
-    if world % fsdp or (config.ddp_size is not None and config.ddp_size * fsdp != world):
-        raise ConfigError(f"fsdp_size {fsdp} and ddp_size {config.ddp_size or 'of the rest'} do not make {world} ranks")
-    if segments % ssp or world % (cfg * ssp * ulysses):
-        raise ConfigError(
-            f"cfg {cfg} x ssp {ssp} x ulysses {ulysses} does not fit {world} ranks and {segments} attention segments"
-        )
-    return Mesh(fsdp, world // fsdp, world // (cfg * ssp * ulysses), cfg, ssp, ulysses)
+    try:
+        sizes, copies = fit_run(config, world, segments, recipe.guided)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Mesh(copies.fsdp, copies.ddp, *sizes)
 
 
 def _divisors(n: int) -> list[int]:

@@ -154,7 +154,7 @@ def run_seconds(recipe: Recipe, mesh: Mesh, device: Device, videos: int) -> Run:
     rounds = -(-videos // (mesh.dp * recipe.batch))
     prompts = recipe.batch * (1 + recipe.guided)
     encode = encode_flops(recipe.text_encoder, recipe.settings["text_len"], prompts) / device.linear(recipe.dtype)
-    decode = recipe.batch * _decode_flops(recipe) / device.convolution(recipe.vae.dtype)
+    decode = recipe.batch * _decode_flops(recipe, mesh.video) / device.convolution(recipe.vae.dtype)
     return Run(rounds * encode, rounds * recipe.steps * step, rounds * decode)
 
 
@@ -169,5 +169,5 @@ def _reordered(recipe: Recipe, mesh: Mesh) -> int:
 
 
 @lru_cache(maxsize=16)
-def _decode_flops(recipe: Recipe) -> int:
-    return decode_flops(recipe.vae, recipe.latents)
+def _decode_flops(recipe: Recipe, team: int) -> int:
+    return decode_flops(recipe.vae, recipe.latents, team)

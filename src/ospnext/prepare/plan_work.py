@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5EncoderModel
 
-from ospnext.models.video_vae import decode_whole
+from ospnext.models.vae_pieces import MARGIN, Piece, area, decode_piece, split
 from ospnext.prepare.plan_trace import Shared
 
 
@@ -51,12 +51,19 @@ def encode_flops(text_encoder: UMT5EncoderModel, text_len: int, prompts: int) ->
     return 2 * (count(text_encoder) - vocabulary * width) * text_len * prompts
 
 
-def decode_flops(vae: AutoencoderKLWan, latents: tuple[int, int, int, int]) -> int:
-    """Decoding one video whole, counted by torch on the meta device."""
+def decode_flops(vae: AutoencoderKLWan, latents: tuple[int, int, int, int], team: int = 1) -> int:
+    """Decoding one video, or the largest piece of it that one of a team takes, counted by torch on the meta device."""
     z = torch.empty(1, *latents, dtype=vae.dtype, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        decode_whole(vae, z)
-    return counter.get_total_flops()
+    height, width = z.shape[-2:]
+
+    def cost(piece: Piece) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            decode_piece(vae, z, piece)
+        return counter.get_total_flops()
+
+    # Of pieces alike, those farthest from an edge have most margin.
+    pieces = sorted(split(height, width, team), key=lambda piece: -area(piece.grown(MARGIN, height, width)))
+    return cost(pieces[0])
 
 
 @lru_cache(maxsize=64)
