@@ -1,11 +1,16 @@
 """What the test of 8-bit layers on many processes runs in each of them."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from sequence_cases import Setting, mesh_of
+from training_cases import weights_of
 
+from ospnext.checkpoints.load import load_transformer
 from ospnext.parallel.amax import scaling_layers
-from ospnext.parallel.apply import apply_sequence_parallel
+from ospnext.parallel.apply import Options, apply_sequence_parallel, parallelise
+from ospnext.parallel.fsdp import Copies
 from ospnext.parallel.mesh import Sizes
 from ospnext.quant.apply import quantize
 from ospnext.quant.config import QuantConfig
@@ -43,3 +48,24 @@ def errors(rank: int, sizes: Sizes, setting: Setting, attention: bool, shared: b
     """How far each result is from one device's, by its norm."""
     ours, theirs = step(setting, sizes, attention, shared), step(setting, None, attention)
     return {name: float((value - theirs[name]).norm() / theirs[name].norm()) for name, value in ours.items()}
+
+
+def errors_of_shards(rank: int, sizes: Sizes, setting: Setting) -> dict[str, float]:
+    """The same of a model whose weights are shared, too, and whose blocks are run again in the backward pass."""
+    model = setting.model().float()
+    quantize(model, QuantConfig())
+    parallelise(model, mesh_of(sizes), weights_of(Copies(1, sizes.world)), Options(checkpointing=True))
+    out = model(*outliers(setting)).sample
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    theirs = step(setting, None, attention=True)
+    ours = {"output": out.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {name: float((value - theirs[name]).norm() / theirs[name].norm()) for name, value in ours.items()}
+
+
+def errors_of_files(rank: int, sizes: Sizes, setting: Setting, path: Path) -> float:
+    """How far a model from an 8-bit checkpoint that shares weights and tokens is from one that does not."""
+    weights = weights_of(Copies(1, sizes.world))
+    shared = load_transformer(path, shard=lambda model: parallelise(model, mesh_of(sizes), weights, Options()))
+    with torch.no_grad():
+        ours, theirs = (model(*outliers(setting)).sample for model in (shared, load_transformer(path)))
+    return float((ours - theirs).norm() / theirs.norm())

@@ -1,12 +1,15 @@
 """8-bit layers scale by the largest number of the whole tensor, on however many processes it lies."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import quantised_cases as cases
 from processes import Processes
 from sequence_cases import Setting
 
+from ospnext.checkpoints.save import save_transformer
+from ospnext.cli import main
 from ospnext.parallel.mesh import Sizes
 
 Group = Callable[[int], Processes]
@@ -28,3 +31,12 @@ def test_each_process_by_itself_would_round_otherwise(processes: Group) -> None:
     for found in processes(2).run(cases.errors, MESHES[0], SETTING, True, False):
         assert found["output"] > 1e-2
         assert max(found.values()) > 0.1
+
+
+@pytest.mark.parametrize("sizes", MESHES[:1], ids=str)
+def test_sharded_weights_train_and_load_the_same(sizes: Sizes, processes: Group, tmp_path: Path) -> None:
+    for found in processes(2).run(cases.errors_of_shards, sizes, SETTING):
+        assert max(found.values()) < 1e-2, found
+    save_transformer(SETTING.model().bfloat16(), tmp_path / "plain")
+    assert main(["quantize", str(tmp_path / "plain"), str(tmp_path / "small")]) == 0
+    assert max(processes(2).run(cases.errors_of_files, sizes, SETTING, tmp_path / "small")) < 1e-2

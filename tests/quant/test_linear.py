@@ -204,6 +204,24 @@ def test_a_stored_weight_is_what_is_rounded_each_time(dtype: torch.dtype, execut
     assert stored.bias.dtype is torch.float16
 
 
+@pytest.mark.parametrize("execution", ["emulation", "fp8"])
+def test_autocast_changes_the_outputs_dtype_alone(execution: str) -> None:
+    layer, x = HiF8Linear(make(48), QuantConfig(execution=execution)), inputs("random", 2, 20, 48)
+    gradient = inputs("random", 2, 20, 24).bfloat16()
+    plain = run(layer, x, gradient)
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(leaf)
+    assert y.dtype is torch.bfloat16
+    # FP8's product is rounded before the bias is added to it, too.
+    twice = 2**-8 * float(plain["y"].abs().max()) if execution == "fp8" else 1e-6
+    torch.testing.assert_close(y.float(), plain["y"], rtol=2**-8, atol=twice)
+    y.backward(gradient)
+    torch.testing.assert_close(leaf.grad, plain["x"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, plain["weight"], rtol=1e-5, atol=1e-5)
+
+
 def test_names_are_a_linears_and_memory_is_shared() -> None:
     linear = make(48)
     layer = HiF8Linear(linear, QuantConfig())
