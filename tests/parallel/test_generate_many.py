@@ -60,6 +60,18 @@ def test_latents_and_frames_are_those_of_one_process(
         assert torch.equal(other["latents"], first["latents"])
 
 
+def test_in_8_bits_too(processes: Group, expected: Any) -> None:
+    """It runs, and near plain numbers; not closer to one process's HiF8 than that, see docs/hif8.md."""
+    hif8 = ("model_config.quant=hif8", "model_config.quant_attn=hif8")
+    plain = expected(())["latents"]
+    for world, mesh in ((2, (*SSP2, "fsdp_size=2")), (4, (*CFG2, *ULYSSES2, "fsdp_size=1"))):
+        first, *others = (
+            found["latents"] for found in processes(world).run(cases.frames, world, (*mesh, *hif8), PROMPTS[:2])
+        )
+        assert 0.01 < (first - plain).norm() / plain.norm() < 0.2
+        assert all(other.equal(first) for other in others)
+
+
 def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
