@@ -209,6 +209,8 @@ def _run_among_many(words: Sequence[str]) -> int:
     from ospnext.parallel.launch import RefusalError, agree, joined, part, read_launch
 
     launch = read_launch(os.environ)
+    if not launch.first:
+        logging.disable(logging.WARNING)  # the first one warns for all
     if "-h" in words or "--help" in words:
         if launch.first:
             _run(words)

@@ -11,6 +11,7 @@ from ospnext.generate.run import run, settle
 from ospnext.generate.settings import GenerateConfig
 from ospnext.generate.sources import load_pipeline
 from ospnext.generate.videos import hidden_bars, sample
+from ospnext.parallel.fsdp import Sharding
 from ospnext.parallel.launch import Launch
 
 # 2 x 5 x 7 tokens: no size divides by anything.
@@ -44,3 +45,10 @@ def frames(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ..
         pipe.vae.disable_tiling()
     decoded = pipe.decode(latents, "pt")
     return {"latents": latents} if decoded is None else {"latents": latents, "frames": decoded}
+
+
+def sharding(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ...]) -> tuple[Sharding, str]:
+    """How the transformer's weights are shared, and what the report notes."""
+    config = config_of(words, prompt=prompts)
+    job = settle(config, Launch(rank, world, rank))
+    return join(config, job.plan.sizes, job.device).sharding, job.report["notes"]

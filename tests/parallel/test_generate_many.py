@@ -108,6 +108,18 @@ def test_any_number_of_prompts(
     assert many["report"]["parallel"].startswith(f"{world} processes: ")
 
 
+def test_what_the_keys_of_sharding_say_is_done(processes: Group) -> None:
+    words = (
+        "fsdp_size=2",
+        "reshard_after_forward=false",
+        "explicit_prefetching_num_blocks=3",
+        "model_cpu_offload=true",
+    )
+    for sharding, notes in processes(2).run(cases.sharding, 2, words, PROMPTS[:1]):
+        assert (sharding.reshard_after_forward, sharding.explicit_prefetching_num_blocks) == (False, 3)
+        assert notes == "model_cpu_offload has no effect: the model runs on the CPU already"
+
+
 def test_a_run_goes_on_where_another_stopped(processes: Group, tmp_path: Path) -> None:
     """What one process has begun, two finish, and the other way round."""
     values = {"output_dir": str(tmp_path), "prompt": PROMPTS}

@@ -37,6 +37,7 @@ from ospnext.ops.attention import describe_kernel
 from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout, block_layouts
 from ospnext.parallel.apply import describe
+from ospnext.parallel.fsdp import Sharding, offload_notice
 from ospnext.parallel.launch import Launch, agree, gather_objects, place
 from ospnext.quant.settings import SAVED
 
@@ -195,6 +196,8 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
     dense = layouts.pop(Layout.FULL, 0)
     sparse = f", {layouts.total()} sparse ({settings['skiparse_pattern']}, P = {settings['sparse_ratio']})"
     guided = sampling.guidance_scale > 1
+    idle = offload_notice(Sharding(model_cpu_offload=config.model_cpu_offload), device.type)
+    notes = [*config.notices, *([] if idle is None else [idle])]
     return {
         "model": "shapes (embedded)" if config.embedded else str(plan.places.transformer),
         "device": device_label(device),
@@ -211,7 +214,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "decoding": " or ".join(DECODING[config.vae_tiling]) + ", by the free memory",
         "idle on the CPU": ", ".join(sorted(plan.offload)).replace("_", " ") or "nothing",
         "parallel": describe(*plan.sizes),
-        "notes": "\n".join(config.notices) or "none",
+        "notes": "\n".join(notes) or "none",
         "versions": f"ospnext {ospnext.__version__}, torch {torch.__version__}, diffusers {version('diffusers')}",
     }
 
