@@ -113,7 +113,8 @@ def exchanges_replaced() -> Iterator[None]:
     def local_halves(own: torch.Tensor, group: Any) -> torch.Tensor:
         return torch.stack([own, own])
 
-    with patch.object(sequence, "all_to_all", local_rows), patch.object(guidance, "gather_halves", local_halves):
+    exchanges = {"all_to_all": local_rows, "start_all_to_all": local_rows, "wait_tensor": lambda rows: rows}
+    with patch.multiple(sequence, **exchanges), patch.object(guidance, "gather_halves", local_halves):
         yield
 
 
@@ -141,6 +142,7 @@ class Case(NamedTuple):
     shape: Shape
     setup: Setup
     launch: Launch
+    overlap: bool
 
     def mesh(self, model: Any) -> Mesh | None:
         """The mesh, None for one device."""
@@ -179,7 +181,7 @@ def time_step(case: Case, train: bool, outputs: dict[Any, torch.Tensor]) -> dict
     model = dit_step.build("skiparse", setup)
     mesh = case.mesh(model)
     if mesh is not None:
-        apply_sequence_parallel(model, mesh)
+        apply_sequence_parallel(model, mesh, case.overlap)
     if train:
         model.train().enable_gradient_checkpointing()
     step = step_of(case, model, mesh, train)
@@ -312,8 +314,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> list[dict[str, Any]]:
         for shape in arguments.meshes or shapes_of(launch.world, setup.network.sparse_ratio**2):
             about = {"benchmark": "gradients" if arguments.check_gradients else "scaling", "mesh": shape.name}
             about |= {"model": setup.model, "size": setup.size, "tokens": setup.video.grid.tokens}
-            about |= {"layers": setup.layers, "layers_in_model": setup.network.num_layers, "compiled": setup.compile}
-            case = Case(shape, setup, launch)
+            about |= {"layers": setup.layers, "layers_in_model": setup.network.num_layers}
+            about |= {"compiled": setup.compile, "overlap": arguments.overlap}
+            case = Case(shape, setup, launch, arguments.overlap)
             if shape.cfg == 2 and (arguments.check_gradients or arguments.train):
                 continue  # training has no guidance
             try:
@@ -362,10 +365,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: bf16, on the CPU fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
+    parser.add_argument("--overlap", action="store_true", help="exchange tokens while blocks compute, as generate does")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--train", action="store_true", help="forward and backward, blocks checkpointed")
     parser.add_argument("--check-gradients", action="store_true", help="of FSDP2 on every mesh, beside one device's")
-    return parser.parse_args(namespace=argparse.Namespace(check=False))
+    arguments = parser.parse_args(namespace=argparse.Namespace(check=False))
+    if arguments.overlap and arguments.compile:
+        parser.error("compiled blocks keep their tokens to the end: --overlap is for blocks that are not compiled")
+    return arguments
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.apply import Fit, Options, fit, parallelise
 from ospnext.parallel.fsdp import CopiesMesh, Sharding, copies_mesh, shard_text_encoder, storage_device
 from ospnext.parallel.mesh import Mesh, build_mesh
+from ospnext.quant.apply import is_quantised
 from ospnext.sections import ParallelConfig
 
 
@@ -106,7 +107,12 @@ def assemble_transformer(
 
     shard: Shard | None = None
     if (mesh := crew.mesh) is not None:
-        shard = lambda model: parallelise(model, mesh, crew.weights, chosen)  # noqa: E731
+
+        def shard(model: Any) -> None:
+            # 8-bit linears scale by all tokens at once, so these cannot go in two parts.
+            overlap = chosen.compile_backend is None and not is_quantised(model)
+            parallelise(model, mesh, crew.weights, replace(chosen, overlap=overlap))
+
     if crew.weights is not None:
         home = storage_device(crew.sharding, crew.device)
     return load_transformer(path, dtype=dtype, device=home or crew.device, progress=progress, shard=shard, **overrides)

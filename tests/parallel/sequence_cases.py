@@ -224,6 +224,25 @@ def sample_then_train(rank: int, sizes: Sizes, setting: Setting, references: Pat
         compare(ours, expected, "trained")
 
 
+def check_overlap(rank: int, sizes: Sizes, settings: list[Setting], references: Path) -> list[int]:
+    """Blocks that hand over their tokens early sample what one device does, and train as ever; exchanges of a pass."""
+    counts = []
+    with float64_throughout():
+        for setting in settings:
+            model = setting.model()
+            apply_sequence_parallel(model, mesh_of(sizes), overlap=True)
+            expected = torch.load(references, weights_only=True)[str(setting)]
+            with torch.no_grad(), Traffic() as traffic:
+                sampled = model(*setting.inputs()).sample
+            assert {*traffic.collectives} <= {"all_to_all_single"}
+            counts.append(len(traffic.collectives))
+            compare({"output": sampled}, {"output": expected["output"]}, f"{setting} on {sizes}, overlapped")
+    ours = outputs_and_gradients(model, setting)
+    sum_gradients(ours, mesh_of(sizes))
+    compare(ours, expected, "trained", tolerance=1e-6)
+    return counts
+
+
 def compile_blocks(rank: int, sizes: Sizes, setting: Setting, references: Path) -> None:
     """Every block is one graph, exchanges included; its results are the eager ones of one device."""
     model = setting.model()

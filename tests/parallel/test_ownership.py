@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ospnext.ops.layout import Grid, Layout, Switch, order
-from ospnext.parallel.ownership import exchange, own, segment_count, share, share_segments
+from ospnext.parallel.ownership import early_exchange, exchange, own, segment_count, share, share_segments
 
 AWKWARD = [Grid(2, 5, 7), Grid(1, 9, 10), Grid(3, 2, 1), Grid(1, 1, 1), Grid(1, 45, 80)]
 SHAPES = [(1, 1), (1, 3), (2, 1), (4, 1), (2, 2), (2, 4)]  # (ssp, ulysses)
@@ -99,3 +99,25 @@ def test_share_segments(segments: tuple[int, ...], parts: int, expected: tuple) 
 )
 def test_segment_count(layouts: tuple[Layout, ...], ratio: int, expected: int) -> None:
     assert segment_count(layouts, ratio) == expected
+
+
+@pytest.mark.parametrize("grid", AWKWARD, ids=str)
+@pytest.mark.parametrize(("here", "there"), [(Layout.TOKEN, Layout.GROUP), (Layout.FULL, Layout.TOKEN)])
+@pytest.mark.parametrize(("ssp", "ulysses"), SHAPES)
+@pytest.mark.parametrize("early", [0.0, 0.5, 0.8, 1.0])
+def test_an_exchange_in_two_parts_brings_what_one_does(
+    grid: Grid, here: Layout, there: Layout, ssp: int, ulysses: int, early: float
+) -> None:
+    before, after = own(grid, here, 2, ssp, ulysses), own(grid, there, 2, ssp, ulysses)
+    world = ssp * ulysses
+    steps = [early_exchange(before, after, rank, early) for rank in range(world)]
+    sent = []  # [part][source][destination]: tokens
+    for part in (0, 1):
+        split = (before.tokens(r).tensor_split([steps[r].first])[part][steps[r].pack[part]] for r in range(world))
+        sent.append([rows.split(steps[r].send[part]) for r, rows in enumerate(split)])
+    for rank in range(world):
+        assert steps[rank].first == int(early * before.chunks[rank])
+        for part in (0, 1):
+            assert steps[rank].receive[part] == tuple(len(sent[part][source][rank]) for source in range(world))
+        received = torch.cat([sent[part][source][rank] for part in (0, 1) for source in range(world)])
+        assert received[steps[rank].unpack].equal(after.tokens(rank))

@@ -62,6 +62,16 @@ def test_a_copy_samples_and_the_model_trains(processes: Group, references: Path)
     processes(2).run(cases.sample_then_train, Sizes(1, 1, 2, 1), ANY, references)
 
 
+@pytest.mark.parametrize("sizes", [Sizes(1, 1, 4, 1), Sizes(1, 1, 2, 2), Sizes(1, 1, 1, 4)], ids=str)
+def test_tokens_travel_while_the_others_are_computed(sizes: Sizes, processes: Group, references: Path) -> None:
+    """Two exchanges a switch, two in a block with Ulysses, and the gathering of the output."""
+    settings = [setting for setting in (*PLAIN, NO_TOKENS, *OTHER[:2]) if setting.segments % sizes.ssp == 0]
+    counts = processes(4).run(cases.check_overlap, sizes, settings, references)
+    dense, sparse = (8, 2) if sizes.ulysses > 1 else (4, 0)
+    expected = [2 * (5 if s.dense_ends else 1) + 2 * (dense if s.dense_ends else sparse) + 1 for s in settings]
+    assert counts == [expected] * 4
+
+
 def test_blocks_compile_whole(processes: Group, references: Path) -> None:
     processes(2).run(cases.compile_blocks, Sizes(1, 1, 1, 2), SPARSE, references)
 

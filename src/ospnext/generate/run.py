@@ -197,6 +197,9 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
     sparse = f", {layouts.total()} sparse ({settings['skiparse_pattern']}, P = {settings['sparse_ratio']})"
     guided = sampling.guidance_scale > 1
     idle = offload_notice(Sharding(model_cpu_offload=config.model_cpu_offload), device.type)
+    sequence = plan.sizes.sizes.ssp * plan.sizes.sizes.ulysses
+    when = "while blocks compute" if plan.eight_bits == "none" else "after each block, for 8 bits"
+    exchanges = f"; tokens travel {when}" if sequence > 1 else ""
     notes = [*config.notices, *([] if idle is None else [idle])]
     return {
         "model": "shapes (embedded)" if config.embedded else str(plan.places.transformer),
@@ -213,7 +216,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "guidance": f"{sampling.guidance_scale:g}, {config.guidance_mode}" if guided else "off",
         "decoding": " or ".join(DECODING[config.vae_tiling]) + ", by the free memory",
         "idle on the CPU": ", ".join(sorted(plan.offload)).replace("_", " ") or "nothing",
-        "parallel": describe(*plan.sizes),
+        "parallel": describe(*plan.sizes) + exchanges,
         "notes": "\n".join(notes) or "none",
         "versions": f"ospnext {ospnext.__version__}, torch {torch.__version__}, diffusers {version('diffusers')}",
     }

@@ -20,7 +20,7 @@ from torch import nn
 
 from ospnext.ops.attention import Attend, check_kernel
 from ospnext.ops.fused import add, add_norm, embed_patches, linear_gelu, norm, norm_rope, rms_norm
-from ospnext.ops.layout import Grid, Switch, block_layouts
+from ospnext.ops.layout import Grid, Leave, Switch, block_layouts
 from ospnext.ops.rope import apply_rope, rope_table
 
 
@@ -106,7 +106,13 @@ class TransformerBlock(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor, rope: torch.Tensor, segments: tuple[int, ...]
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        text: torch.Tensor,
+        rope: torch.Tensor,
+        segments: tuple[int, ...],
+        leave: Leave | None = None,
     ) -> torch.Tensor:
         """One block.
 
@@ -116,6 +122,7 @@ class TransformerBlock(nn.Module):
             text: ``[B, L, dim]``.
             rope: ``[N, head_dim]`` in the block's layout.
             segments: segment lengths of the layout.
+            leave: of ``Switch.leave``; the result is then in the layout it leads to.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
         # The residual stays in x's dtype; norms, modulation and the sums compute in float32.
@@ -125,6 +132,8 @@ class TransformerBlock(nn.Module):
         else:
             x = h = add(x, y, gate1)
         x, h = add_norm(x, self.cross_attn(h, text), None, 1 + scale2, shift2, self.eps)
+        if leave is not None:
+            return leave(lambda x, h: add(x, self.ffn(h), gate2), x, h)
         return add(x, self.ffn(h), gate2)
 
 
@@ -287,11 +296,12 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         here = self.layouts[0]
         x = plan.scatter(embed_patches(hidden_states.to(dtype), self.patch_embedding), here)
-        for block, layout in zip(self.blocks, self.layouts, strict=True):
+        for block, layout, there in zip(self.blocks, self.layouts, (*self.layouts[1:], self.layouts[-1]), strict=True):
             # Between blocks, not inside: never compiled or recomputed with them.
             x = self.switch(x, plan, here, layout)
-            x = self.run_block(block, x, modulation, text, rope[layout], plan.segments(layout))
-            here = layout
+            leave = self.switch.leave(plan, layout, there)
+            x = self.run_block(block, x, modulation, text, rope[layout], plan.segments(layout), leave)
+            here = layout if leave is None else there
         velocity = self.unpatchify(plan.gather(self.head(x, time), here), grid).float()
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 

@@ -17,7 +17,7 @@ GROUP_SKIP      ⌊n/P⌋ mod P                                            Skipa
 A new sparse pattern is a new line in ``segment_ids`` and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -131,6 +131,13 @@ class Plan:
         return x if index is None or inverse is None else reorder(x, index, inverse)
 
 
+Rest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The last step of a block, each token for itself: the hidden states and what it adds to them."""
+
+Leave = Callable[[Rest, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes that step, piece by piece, and changes the layout meanwhile."""
+
+
 class Switch:
     """The first of the model's two seams: how tokens travel between the layouts of consecutive blocks.
 
@@ -145,6 +152,10 @@ class Switch:
     def __call__(self, x: torch.Tensor, plan: Plan, here: Layout, there: Layout) -> torch.Tensor:
         """Tokens ``[B, N, C]`` in the layout ``here`` to the layout ``there``."""
         return plan.switch(x, here, there)
+
+    def leave(self, plan: Plan, here: Layout, there: Layout) -> Leave | None:
+        """What lets a block in the layout ``here`` hand over its tokens in the layout ``there``; None: it does not."""
+        return None
 
 
 @lru_cache(maxsize=16)

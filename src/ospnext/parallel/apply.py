@@ -28,11 +28,16 @@ class Options:
         sharding: of the weights.
         checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
         compile_backend: compile every block with it (``inductor``, ``aot_eager``); None runs them as written.
+        overlap: exchange tokens while blocks compute, in sampling; see ``ShardedSwitch``.
     """
 
     sharding: Sharding = field(default_factory=Sharding)
     checkpointing: bool = False
     compile_backend: str | None = None
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.overlap and self.compile_backend), "compiled blocks keep their tokens to the end"
 
 
 class Fit(NamedTuple):
@@ -80,7 +85,7 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh | None, options: Opt
     """
     if weights is not None and mesh.sizes.world != weights.size():
         raise ValueError(f"{mesh.sizes.world} processes share the videos, but {weights.size()} the weights: use all")
-    apply_sequence_parallel(model, mesh)
+    apply_sequence_parallel(model, mesh, options.overlap)
     if options.checkpointing:
         model.enable_gradient_checkpointing()
     if options.compile_backend is not None:
@@ -90,7 +95,7 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh | None, options: Opt
     return _report(mesh, weights, options)
 
 
-def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
+def apply_sequence_parallel(model: Any, mesh: Mesh, overlap: bool = False) -> None:
     """Share every video's tokens among the processes of a sequence, in place.
 
     The model takes and gives what it did before, the same on all processes of a sequence. The gradient of a parameter
@@ -100,6 +105,7 @@ def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
         model: a transformer with ``layouts``, ``config.sparse_ratio`` and the seams ``switch`` and, in each of its
             ``blocks``, ``self_attn.attend``. Cross-attention stays: every process has the whole text.
         mesh: of ``build_mesh``.
+        overlap: as in ``Options``.
 
     Raises:
         ValueError: ``ssp`` does not divide the attention segments of the model.
@@ -108,7 +114,7 @@ def apply_sequence_parallel(model: Any, mesh: Mesh) -> None:
     check_segments(mesh.sizes, segment_count(model.layouts, model.config.sparse_ratio))
     if mesh.sizes.ssp * mesh.sizes.ulysses == 1:
         return
-    model.switch = ShardedSwitch(mesh.sharing)
+    model.switch = ShardedSwitch(mesh.sharing, overlap)
     for block in model.blocks:
         block.self_attn.attend = ShardedAttend(block.self_attn.attend)
     share_amax(model, mesh.sharing.group)

@@ -89,6 +89,40 @@ def exchange(here: Ownership, there: Ownership, rank: int) -> Exchange:
     )
 
 
+class EarlyExchange(NamedTuple):
+    """An ``Exchange`` in two parts: each process's first ``first`` tokens travel while it computes the others."""
+
+    first: int
+    pack: tuple[torch.Tensor, torch.Tensor]  # of each part: its tokens, sorted by the process they go to
+    send: tuple[tuple[int, ...], tuple[int, ...]]
+    receive: tuple[tuple[int, ...], tuple[int, ...]]
+    unpack: torch.Tensor  # int64: where each token there stands among what both parts brought
+
+
+def early_exchange(here: Ownership, there: Ownership, rank: int, early: float) -> EarlyExchange:
+    """As ``exchange``, with the share ``early`` of every process's tokens, from its first one, in the first part."""
+    size = len(here.chunks)
+    cuts = [int(early * n) for n in here.chunks]
+    late = torch.cat([torch.arange(n) >= cut for n, cut in zip(here.chunks, cuts, strict=True)])
+    late = torch.empty_like(late).scatter_(0, here.permutation, late)  # by row-major index
+    place, owners = torch.argsort(there.permutation), there.owners()
+    pack, send = [], []
+    for tokens in here.tokens(rank).tensor_split([cuts[rank]]):
+        by_place = torch.argsort(place[tokens])
+        pack.append(by_place[torch.argsort(owners[tokens[by_place]], stable=True)])
+        send.append(tuple(torch.bincount(owners[tokens], minlength=size).tolist()))
+    arriving = there.tokens(rank)
+    turn = late[arriving] * size + here.owners()[arriving]  # the order in which they come
+    counts = torch.bincount(turn, minlength=2 * size).tolist()
+    return EarlyExchange(
+        cuts[rank],
+        (pack[0], pack[1]),
+        (send[0], send[1]),
+        (tuple(counts[:size]), tuple(counts[size:])),
+        torch.argsort(torch.argsort(turn, stable=True)),
+    )
+
+
 def share(total: int, parts: int) -> tuple[int, ...]:
     """Near-equal whole numbers that add up to ``total``, the larger ones first."""
     return tuple(total // parts + (i < total % parts) for i in range(parts))

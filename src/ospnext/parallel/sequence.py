@@ -6,6 +6,9 @@
   k and v together; another brings the results back. Neither heads nor tokens need divide by the processes. A part of
   one process, as in sparse blocks with ``ulysses = 1``, sends nothing.
 
+Where ``ShardedSwitch`` overlaps, a block that only samples hands over its tokens itself: its last step, feed-forward
+and sum, is each token's own, so most tokens travel while the rest of them are computed (``Leaving``).
+
 Every process has the whole input and the whole output and computes the same loss. The gradient that a process then has
 of a parameter is that of its own tokens: the sum over the processes of a sequence is the gradient.
 """
@@ -16,12 +19,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 from ospnext.ops.attention import Attend
-from ospnext.ops.layout import Grid, Layout, Switch, reorder
+from ospnext.ops.layout import Grid, Layout, Leave, Rest, Switch, reorder
 from ospnext.parallel.mesh import Sharing
-from ospnext.parallel.ownership import Exchange, Ownership, exchange, own, share
+from ospnext.parallel.ownership import EarlyExchange, Exchange, Ownership, early_exchange, exchange, own, share
+
+EARLY = 0.8
+"""Share of a block's tokens that travel while the others are computed: the feed-forward of a fifth takes longer than
+they do (an exchange is 4% of a step on 4 devices, the feed-forward a third of it), and only the others' way is waited
+for."""
 
 
 class SharedSegments(NamedTuple):
@@ -55,6 +63,7 @@ class ShardedPlan:
     _chunks: dict[Layout, tuple[int, ...]]
     _routes: dict[tuple[Layout, Layout], _Route]
     _segments: dict[Layout, SharedSegments]
+    _leaving: dict[tuple[Layout, Layout], Leave]  # empty where nothing overlaps
 
     def segments(self, layout: Layout) -> SharedSegments:
         """The attention segments this process takes part in; the model hands them to ``ShardedAttend``."""
@@ -86,16 +95,41 @@ class ShardedSwitch(Switch):
 
     Args:
         sharing: this process's part in its sequence.
+        overlap: exchange while blocks compute, in sampling; not for blocks that are compiled, or whose linears look at
+            all tokens together.
     """
 
-    def __init__(self, sharing: Sharing) -> None:
+    def __init__(self, sharing: Sharing, overlap: bool = False) -> None:
         self.sharing = sharing
+        self.overlap = overlap
 
     def plan(  # type: ignore[override]  # the same methods; segments are richer and go to our own attend
         self, grid: Grid, layouts: Sequence[Layout], ratio: int, device: torch.device
     ) -> ShardedPlan:
         """The plan for a grid and a list of layouts; made once for each (grid, layouts, ratio, device)."""
-        return _plan(grid, tuple(layouts), ratio, device, self.sharing)
+        return _plan(grid, tuple(layouts), ratio, device, self.sharing, self.overlap)
+
+    def leave(self, plan: ShardedPlan, here: Layout, there: Layout) -> Leave | None:  # type: ignore[override]
+        """The early exchange from one layout to another, in sampling and where it is wanted."""
+        return None if torch.is_grad_enabled() else plan._leaving.get((here, there))
+
+
+@dataclass(frozen=True, eq=False)
+class Leaving:
+    """The last step of a block in two parts, the first of which travels while the second is computed."""
+
+    steps: EarlyExchange
+    group: str
+
+    def __call__(self, rest: Rest, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """This process's tokens of one layout, before the step, to those of another, after it."""
+        arriving = []
+        parts = (slice(0, self.steps.first), slice(self.steps.first, None))
+        for tokens, pack, send, receive in zip(parts, *self.steps[1:4], strict=True):
+            rows = rest(x[:, tokens], h[:, tokens]).movedim(-2, 0).index_select(0, pack)
+            arriving.append(start_all_to_all(rows, send, receive, self.group))
+        rows = torch.cat([wait_tensor(part) for part in arriving])
+        return rows.movedim(0, -2).index_select(-2, self.steps.unpack)
 
 
 class ShardedAttend(Attend):
@@ -131,6 +165,11 @@ class ShardedAttend(Attend):
 def all_to_all(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], group: str) -> torch.Tensor:
     """Exchange rows ``[sum(send), ...]`` for ``[sum(receive), ...]`` with every process of a group, differentiably."""
     return all_to_all_single_autograd(rows.contiguous(), list(receive), list(send), group)  # type: ignore[arg-type]  # names serve too
+
+
+def start_all_to_all(rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], group: str) -> torch.Tensor:
+    """As ``all_to_all``, not differentiable; the result is there once it has been waited for."""
+    return all_to_all_single(rows.contiguous(), list(receive), list(send), group)  # type: ignore[arg-type]  # names serve too
 
 
 def _tokens_for_heads(
@@ -178,7 +217,9 @@ class _Gather(torch.autograd.Function):
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is first made while sampling must also serve training
-def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device, sharing: Sharing) -> ShardedPlan:
+def _plan(
+    grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.device, sharing: Sharing, overlap: bool
+) -> ShardedPlan:
     owned = {layout: own(grid, layout, ratio, sharing.ssp, sharing.ulysses) for layout in dict.fromkeys(layouts)}
     pairs = [(a, b) for a in owned for b in owned if a is not b]
     return ShardedPlan(
@@ -189,7 +230,14 @@ def _plan(grid: Grid, layouts: tuple[Layout, ...], ratio: int, device: torch.dev
         {layout: o.chunks for layout, o in owned.items()},
         {(a, b): _route(exchange(owned[a], owned[b], sharing.rank), device) for a, b in pairs},
         {layout: _shared_segments(o, sharing) for layout, o in owned.items()},
+        {(a, b): _leaving(owned[a], owned[b], sharing, device) for a, b in pairs if overlap},
     )
+
+
+def _leaving(here: Ownership, there: Ownership, sharing: Sharing, device: torch.device) -> Leaving:
+    steps = early_exchange(here, there, sharing.rank, EARLY)
+    first, second = (pack.to(device) for pack in steps.pack)
+    return Leaving(steps._replace(pack=(first, second), unpack=steps.unpack.to(device)), sharing.group)
 
 
 def _route(steps: Exchange, device: torch.device) -> _Route:
