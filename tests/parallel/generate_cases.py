@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import processes
 import torch
 
 from ospnext.assemble import join
@@ -23,6 +24,7 @@ def config_of(words: tuple[str, ...], **values: Any) -> GenerateConfig:
     return load_config(GenerateConfig, None, [*WORDS, *words, *values.items()], key_rules("generate"))
 
 
+@processes.groups_forgotten()
 def make(rank: int, world: int, words: tuple[str, ...], values: dict[str, Any]) -> str | None:
     """The command's run; what it says, or how it refuses."""
     config = config_of(words, **values)
@@ -32,6 +34,7 @@ def make(rank: int, world: int, words: tuple[str, ...], values: dict[str, Any]) 
         return f"{type(error).__name__}: {error}"
 
 
+@processes.groups_forgotten()
 def frames(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Latents of a batch of prompts, and in one process of those that share it its frames."""
     config = config_of(words, prompt=prompts)
@@ -47,6 +50,7 @@ def frames(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ..
     return {"latents": latents} if decoded is None else {"latents": latents, "frames": decoded}
 
 
+@processes.groups_forgotten()
 def sharding(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ...]) -> tuple[Sharding, str]:
     """How the transformer's weights are shared, and what the report notes."""
     config = config_of(words, prompt=prompts)

@@ -3,7 +3,8 @@
 import multiprocessing as mp
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 SECONDS = 100  # to start, and for any one call: far more than is needed, for the day the machine is busy
 
@@ -90,6 +92,18 @@ class Processes:
         for member in self._members:
             member.kill()
             member.join()
+
+
+@contextmanager
+def groups_forgotten() -> Iterator[None]:
+    """End the process groups that are made inside: each keeps a thread awake, and a test process makes many."""
+    known = set(distributed_c10d._world.pg_map)
+    yield
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    for group in [group for group in distributed_c10d._world.pg_map if group not in known]:
+        dist.destroy_process_group(group)
 
 
 def _serve(rank: int, world: int, rendezvous: Path, pipe: Connection) -> None:
