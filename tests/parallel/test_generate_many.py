@@ -60,16 +60,21 @@ def test_latents_and_frames_are_those_of_one_process(
         assert torch.equal(other["latents"], first["latents"])
 
 
-def test_in_8_bits_too(processes: Group, expected: Any) -> None:
+@pytest.mark.parametrize(
+    ("world", "mesh"),
+    [
+        (2, (*SSP2, "fsdp_size=2")),
+        pytest.param(4, (*CFG2, *ULYSSES2, "fsdp_size=1"), marks=pytest.mark.long),
+    ],
+)
+def test_in_8_bits_too(world: int, mesh: tuple[str, ...], processes: Group, expected: Any) -> None:
     """It runs, and near plain numbers; not closer to one process's HiF8 than that, see docs/hif8.md."""
     hif8 = ("model_config.quant=hif8", "model_config.quant_attn=hif8")
     plain = expected(())["latents"]
-    for world, mesh in ((2, (*SSP2, "fsdp_size=2")), (4, (*CFG2, *ULYSSES2, "fsdp_size=1"))):
-        first, *others = (
-            found["latents"] for found in processes(world).run(cases.frames, world, (*mesh, *hif8), PROMPTS[:2])
-        )
-        assert 0.01 < (first - plain).norm() / plain.norm() < 0.2
-        assert all(other.equal(first) for other in others)
+    found = processes(world).run(cases.frames, world, (*mesh, *hif8), PROMPTS[:2])
+    first, *others = (result["latents"] for result in found)
+    assert 0.01 < (first - plain).norm() / plain.norm() < 0.2
+    assert all(other.equal(first) for other in others)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
