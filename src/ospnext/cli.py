@@ -67,7 +67,18 @@ COMMANDS: dict[str, Command] = {
         "train the transformer on videos",
         "ospnext.train.settings:TrainConfig",
         "ospnext.train.sft:run",
-        examples=("train configs/shapes/transformer.yaml time_budget_minutes=10",),
+        examples=(
+            "train configs/shapes/transformer.yaml time_budget_minutes=10",
+            "train configs/train/osp_1_3b.yaml data_config.dataset_config.metafile_or_dir_path=data/clips",
+        ),
+        many=True,
+    ),
+    "export": Command(
+        "make a pipeline folder of a training state",
+        "ospnext.train.export:ExportConfig",
+        "ospnext.train.export:run",
+        arguments=("state", "dst"),
+        examples=("export runs/shapes_transformer/iter_000014000 out/pipeline",),
     ),
     "train-vae": Command(
         "train a small video VAE on moving shapes",
@@ -164,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Torch reads it when it is imported: threads that wait should sleep, for on shared cores spinning ones cost the
     # others their time and a video takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("WANDB_MODE", "offline")  # nothing leaves this machine unless somebody says so
     name = words[0] if words else "--help"
     try:
         if name in ("-h", "--help"):

@@ -16,7 +16,6 @@ _RUN = "generate train rl"
 _SHARED_ALIKE = "the text encoder is shared by as many ranks as the transformer: fsdp_size"
 _TEXT_TO_VIDEO = "text to video is the only task"
 _UNREAD = "nothing reads it, there or here"
-_RENDERED = "clips are rendered once and stay on the device"
 
 
 def _mapped(commands: str, keys: str, section: str = "") -> Iterator[Row]:
@@ -55,8 +54,7 @@ _TABLE: tuple[Row, ...] = (
     *_no_effect(_RUN, "task pipeline_name", _TEXT_TO_VIDEO),
     *_mapped(_RUN, "reshard_after_forward explicit_prefetching_num_blocks model_cpu_offload"),
     *_no_effect(_RUN, "save_with_dcp_api", "a checkpoint says by itself how it was written"),
-    *_mapped("generate rl", "encoder_cpu_offload"),
-    *_no_effect("train", "encoder_cpu_offload", "latents are made once, before training"),
+    *_mapped(_RUN, "encoder_cpu_offload"),
     *_renamed(
         _RUN,
         {
@@ -103,9 +101,8 @@ _TABLE: tuple[Row, ...] = (
         "generate", "use_logitnorm_time_sampling logit_mean logit_std", "it is for training", "scheduler_config"
     ),
     # Logging
-    *_mapped("rl", "project_name exp_name", "wandb_config"),
+    *_mapped("train rl", "project_name exp_name", "wandb_config"),
     *_no_effect("generate", "project_name exp_name", "generating logs nothing there", "wandb_config"),
-    *_no_effect("train", "project_name exp_name", "the log is output_dir/train_log.jsonl", "wandb_config"),
     # Generate
     *_mapped("generate", "prompt_txt batch_size num_frames height width save_fps"),
     *_renamed(
@@ -137,7 +134,8 @@ _TABLE: tuple[Row, ...] = (
     *_mapped("rl", "num_epochs resume_epoch deterministic_training"),
     *_mapped("rl", "resume_override_lr resume_lr", "optimizer_config"),
     *_no_effect("rl", "log_interval", "every epoch is logged"),
-    *_no_effect("train rl", "profiling", "a profiler is started from outside"),
+    *_mapped("train", "profiling"),
+    *_no_effect("rl", "profiling", "a profiler is started from outside"),
     *_renamed(
         "train rl",
         {
@@ -160,13 +158,10 @@ _TABLE: tuple[Row, ...] = (
         },
     ),
     # Training data
-    *_mapped("train", "batch_size dataset_name", "data_config"),
+    *_mapped("train", "batch_size dataset_name num_workers pin_memory drop_last shuffle", "data_config"),
     *_mapped("train", "sample_height sample_width sample_num_frames text_drop_ratio", "data_config.dataset_config"),
-    *_no_effect("train", "num_workers pin_memory drop_last shuffle", _RENDERED, "data_config"),
+    *_mapped("train", "metafile_or_dir_path train_fps sample_stride timeout", "data_config.dataset_config"),
     *_no_effect("train", "sampler_name collator_name collator_config", "there is one of its kind", "data_config"),
-    *_no_effect(
-        "train", "metafile_or_dir_path train_fps sample_stride timeout", _RENDERED, "data_config.dataset_config"
-    ),
     *_no_effect(
         "train rl", "return_prompt_mask", "the text encoder always gets the mask", "data_config.dataset_config"
     ),

@@ -53,7 +53,7 @@ def test_what_is_not_finite_is_left_out_and_counted() -> None:
     state = clipper.state_dict()
     for norm in (math.nan, math.inf):
         assert clipper.step(norm).scale is None
-    assert clipper.state_dict() == state | {"skipped": 2}
+    assert clipper.state_dict() == state | {"skipped": 2, "in_a_row": 2}
     assert AdaptiveClipper(1.0).step(math.nan).scale is None
     assert AdaptiveClipper(1.0).step(0.0).scale == 1.0
 

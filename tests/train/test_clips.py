@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
+from ospnext.data.sampler import Draw
 from ospnext.models.video_vae import encode_video
 from ospnext.shapes.render import render
 from ospnext.shapes.world import is_held_out
@@ -86,8 +87,13 @@ def test_latents_are_those_of_the_pipelines_encoder(data, tiny_vae):
     torch.testing.assert_close(data.latents, expected, atol=1e-5, rtol=1e-4)
 
 
+def draws(count: int, epoch: int = 0) -> list[Draw]:
+    """So many draws of the six clips, epoch after epoch."""
+    return [Draw(epoch + i // 6, i % 6, 0) for i in range(count)]
+
+
 def test_samples_pair_a_clip_with_its_captions(data):
-    latents, tokens = data.draw(400, generator(3))
+    latents, tokens = data.take(draws(400), 3)
     assert latents.dtype == torch.float32
     assert tokens.dtype == torch.int64
     assert tokens.shape == (400, 128)
@@ -103,18 +109,24 @@ def test_dropped_captions_are_the_empty_ones_tokens(data):
     empty = tokenizer("", padding="max_length", max_length=128, return_tensors="pt").input_ids[0]
     assert torch.equal(data.empty.long(), empty)
     assert (empty != tokenizer.pad_token_id).sum() == 1  # its end mark is left to attend to
-    _, tokens = data.draw(2000, generator(4))
+    _, tokens = data.take(draws(2000), 4)
     dropped = (tokens == empty).all(1).float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.04)
     data.drop = 1.0
-    assert (data.draw(50, generator())[1] == empty).all()
+    assert (data.take(draws(50), 0)[1] == empty).all()
     data.drop = 0.0
-    assert not (data.draw(50, generator())[1] == empty).all(1).any()
+    assert not (data.take(draws(50), 0)[1] == empty).all(1).any()
 
 
-def test_draws_repeat_with_their_generator(data):
-    for one, other in zip(data.draw(9, generator(5)), data.draw(9, generator(5)), strict=True):
-        assert torch.equal(one, other)
+def test_a_sample_is_a_function_of_seed_epoch_and_clip(data):
+    some = draws(30)
+    latents, tokens = data.take(some, 5)
+    for i in (0, 11, 29):
+        one = data.take([some[i]], 5)
+        assert torch.equal(one[0][0], latents[i])
+        assert torch.equal(one[1][0], tokens[i])
+    assert not torch.equal(data.take(some, 6)[1], tokens)
+    assert not torch.equal(data.take(draws(30, 1), 5)[1], tokens)
 
 
 def test_captions_that_are_cut_are_counted(tiny_vae, capsys):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ospnext.models.transformer import OSPNextTransformer3DModel
-from ospnext.train.optim import MovingAverage, adamw, clip_gradients, learning_rate
+from ospnext.parallel.fsdp import clip_gradients, gradient_norm, scale_gradients
+from ospnext.train.optim import MovingAverage, adamw, learning_rate, moments
 from ospnext.train.video_vae import VAEArchitecture
 
 
@@ -102,3 +103,34 @@ def test_clipping_returns_the_norm_there_was():
     assert p.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
     assert clip_gradients([p], 10.0).item() == pytest.approx(1.0, rel=1e-4)
     assert p.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_norm_and_scale_are_clipping_in_two_steps():
+    module = nn.Linear(3, 2)
+    parameters = list(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    gradients = [p.grad.clone() for p in parameters]
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, 0.5 / norm.item())
+    halved = [p.grad.clone() for p in parameters]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+    assert torch.equal(clip_gradients(parameters, 0.5), norm)
+    for p, expected in zip(parameters, halved, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_moments_that_are_made_beforehand_change_nothing():
+    states = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        optimiser = adamw({"m": module}, 0.1, (0.9, 0.99), 1e-8, 0.5)
+        if early:
+            assert moments(optimiser, dict(module.named_parameters())).keys() == {"weight", "bias"}
+        for _ in range(3):
+            module(torch.ones(1, 3)).square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        states.append([*module.parameters(), *(v for p in module.parameters() for v in optimiser.state[p].values())])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))

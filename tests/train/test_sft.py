@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved_states import read_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ByT5Tokenizer
 
 from ospnext.checkpoints import memory
@@ -14,8 +17,14 @@ from ospnext.config import load_config
 from ospnext.flow.path import dynamic_shift
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.models.text import small_text_encoder
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.parallel.launch import Launch
+from ospnext.train.feed import Fed
+from ospnext.train.flops import training_flops
+from ospnext.train.noise import add_noise
+from ospnext.train.parts import arrange, build, settle
 from ospnext.train.settings import NoiseConfig, TrainConfig
-from ospnext.train.sft import build, velocity_loss
+from ospnext.train.sft import velocity_loss
 
 ARCHITECTURE = {
     "dim": 32,
@@ -51,6 +60,9 @@ SETTINGS = {
 }
 
 
+MEASURED = ("seconds_per_step", "memory_gib", "tokens_per_second", "tflops_per_second", "flops_utilisation")
+
+
 def words(folder: Path, vae: Path | None, **settings: object) -> list[str]:
     """A command line for a tiny run; settings are by dotted key, with __ for the dot."""
     given = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
@@ -65,7 +77,7 @@ def train(folder: Path, vae: Path | None, **settings: object) -> int:
 
 def read_log(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds_per_step"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def test_a_run_ends_with_a_pipeline_that_samples(tmp_path, vae_folder, capsys):
@@ -74,7 +86,7 @@ def test_a_run_ends_with_a_pipeline_that_samples(tmp_path, vae_folder, capsys):
     assert "Writing model shards" not in complaints
     assert "transformer 0." in said
     assert "text_encoder 0." in said
-    assert "one process, 8 clips a step" in said
+    assert "one process; blocks not checkpointed, not compiled; 8 clips a step" in said
     assert "float32 weights, float32 arithmetic; latents in float32" in said
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5]
     pipe = OSPNextPipeline.from_pretrained(tmp_path / "run/pipeline")
@@ -84,7 +96,7 @@ def test_a_run_ends_with_a_pipeline_that_samples(tmp_path, vae_folder, capsys):
     frames = pipe("A red star spins.", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).frames
     assert frames.shape == (1, 5, 32, 48, 3)  # the size it was trained on
     assert pipe.sampling_defaults["guidance_scale"] > 1
-    average = load_file(tmp_path / "run/iter_000000005/transformer.ema.safetensors")
+    average = read_state(tmp_path / "run/iter_000000005", "average.transformer.")
     for key, p in pipe.transformer.named_parameters():
         assert torch.equal(p, average[key])
     shipped, trained = pipe.vae.state_dict(), load_file(vae_folder / "diffusion_pytorch_model.safetensors")
@@ -97,8 +109,10 @@ def test_further_training_starts_from_the_model_and_says_what_it_does_not_read(t
     model = tmp_path / "first/pipeline"
     assert train(tmp_path / "second", vae_folder, model=model, optimizer_config__lr=1e-30) == 0
     assert f"every network comes from model={model}; not read: vae_config.vae_path" in capsys.readouterr().out
-    before, after = (load_file(tmp_path / f"{run}/iter_000000005/transformer{suffix}.safetensors")
-                     for run, suffix in (("first", ".ema"), ("second", "")))  # fmt: skip
+    before, after = (
+        read_state(tmp_path / f"{run}/iter_000000005", f"{kind}.transformer.")
+        for run, kind in (("first", "average"), ("second", "live"))
+    )
     assert all(torch.allclose(before[key], after[key], atol=1e-7) for key in before)
 
 
@@ -114,15 +128,10 @@ def test_a_killed_run_goes_on_exactly(tmp_path, vae_folder, capsys):
     assert train(tmp_path / "killed", vae_folder) == 0
     assert f"resumed from {tmp_path / 'killed/iter_000000003'}: step 3 of 5" in capsys.readouterr().out
     one, other = (tmp_path / name / "iter_000000005" for name in ("whole", "killed"))
-    for name in ("transformer", "transformer.ema", "text_encoder", "text_encoder.ema"):
-        mine, theirs = (load_file(folder / f"{name}.safetensors") for folder in (one, other))
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
-    mine, theirs = (torch.load(folder / "optimiser.pt", weights_only=True) for folder in (one, other))
-    assert torch.equal(mine["generator"], theirs["generator"])
-    for i, moments in mine["optimiser"]["state"].items():
-        assert all(torch.equal(value, theirs["optimiser"]["state"][i][key]) for key, value in moments.items())
-    assert (one / "state.json").read_text() == (other / "state.json").read_text()
+    mine, theirs = read_state(one, ""), read_state(other, "")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert (one / "record.json").read_text() == (other / "record.json").read_text()
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "killed")
 
 
@@ -132,9 +141,8 @@ def test_a_budget_that_is_spent_leaves_a_pipeline_and_goes_on_exactly(tmp_path, 
     assert "stopped at step 0 of 5: start again to go on" in capsys.readouterr().out
     OSPNextPipeline.from_pretrained(tmp_path / "pieces/pipeline")  # half-trained, but whole
     assert train(tmp_path / "pieces", vae_folder) == 0
-    for name in ("transformer.ema.safetensors", "text_encoder.safetensors"):
-        one, other = (load_file(tmp_path / folder / "iter_000000005" / name) for folder in ("whole", "pieces"))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    one, other = (read_state(tmp_path / folder / "iter_000000005", "") for folder in ("whole", "pieces"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_frozen_text_encoder_stays_as_it_was(tmp_path, vae_folder):
@@ -146,7 +154,7 @@ def test_a_frozen_text_encoder_stays_as_it_was(tmp_path, vae_folder):
     kept = load_file(tmp_path / "run/pipeline/text_encoder/model.safetensors")
     assert given.keys() == kept.keys()
     assert all(torch.equal(given[key], kept[key]) for key in given)
-    assert not (tmp_path / "run/iter_000000005/text_encoder.safetensors").exists()
+    assert not read_state(tmp_path / "run/iter_000000005", "live.text_encoder.")
 
 
 @pytest.mark.parametrize("way", ["sections", "model"])
@@ -169,7 +177,7 @@ def test_training_starts_from_given_weights(tmp_path, vae_folder, way):
 def test_checkpointed_gradients_are_the_same(tmp_path, vae_folder):
     for name, checkpointing in (("plain", False), ("again", True)):
         assert train(tmp_path / name, vae_folder, gradient_checkpointing=checkpointing) == 0
-    one, other = (load_file(tmp_path / name / "iter_000000005/transformer.safetensors") for name in ("plain", "again"))
+    one, other = (read_state(tmp_path / name / "iter_000000005") for name in ("plain", "again"))
     for key, tensor in one.items():
         torch.testing.assert_close(tensor, other[key])
 
@@ -187,7 +195,8 @@ def test_the_loss_is_that_of_the_straight_path(dynamic):
     latents = torch.randn(64, 4, 3, 8, 8)
     oracle = Oracle()
     noise = NoiseConfig(shift=3.0, use_dynamic_shifting=dynamic)
-    loss = velocity_loss(oracle, latents, torch.zeros(64, 1, 1), noise, torch.Generator().manual_seed(0))["loss"]
+    losses = velocity_loss(oracle, Fed(latents, torch.zeros(64, 1, 1), list(range(64))), torch.zeros(64, 1, 1), noise)
+    loss = losses["loss"]
     sigma = (oracle.t / 1000).view(-1, 1, 1, 1, 1)
     assert sigma.min() > 0
     assert sigma.max() <= 1
@@ -198,6 +207,25 @@ def test_the_loss_is_that_of_the_straight_path(dynamic):
     shift = dynamic_shift(16) if dynamic else 3.0
     level = sigma.flatten() / (shift - (shift - 1) * sigma.flatten())  # the shift undone: uniform
     assert level.mean().item() == pytest.approx(0.5, abs=0.12)
+    pairs = [value for name, value in losses.items() if name.startswith("loss_sigma")]
+    assert len(pairs) == 4
+    assert sum(pairs)[1] == 64
+    torch.testing.assert_close(sum(pairs)[0] / 64, loss)
+    low = losses["loss_sigma_0.25_0.50"]
+    within = (sigma.flatten() > 0.25) & (sigma.flatten() <= 0.5)
+    assert low[1] == within.sum()
+
+
+def test_noise_is_the_samples_own():
+    """Whatever it is batched with, and in whatever place."""
+    latents = torch.randn(5, 4, 3, 8, 8)
+    for noise in (NoiseConfig(), NoiseConfig(use_logitnorm_time_sampling=True, shift=2.0)):
+        whole = add_noise(latents, [7, 1, 9, 2, 4], noise)
+        for i, seed in ((3, 2), (0, 7)):
+            for one, all_of_them in zip(add_noise(latents[i : i + 1], [seed], noise), whole, strict=True):
+                assert torch.equal(one[0], all_of_them[i])
+        assert whole.sigma.unique().numel() == 5
+        assert not torch.equal(add_noise(latents[:1], [8], noise).x_t[0], whole.x_t[0])
 
 
 def test_training_teaches(tmp_path, vae_folder):
@@ -211,7 +239,14 @@ def test_training_teaches(tmp_path, vae_folder):
     ("settings", "said"),
     [
         ({"data_config__dataset_name": "videos"}, "dataset_name is 'videos'"),
-        ({"data_config__dataset_name": "t2v_random"}, "dataset_name is 't2v_random'"),
+        ({"data_config__dataset_name": "t2v_random"}, "train_text_encoder is for rendered shapes"),
+        ({"data_config__dataset_name": "wan_t2v"}, "metafile_or_dir_path is missing"),
+        (
+            {"data_config__dataset_config__metafile_or_dir_path": "clips"},
+            "dataset_name is shapes, which reads no files",
+        ),
+        ({"weight_dtype": "fp16"}, "weight_dtype is fp16"),
+        ({"trackers": "[tensorbord]"}, "trackers names 'tensorbord'"),
         ({"train_text_encoder": False}, "text_encoder_config.checkpoint_path is missing"),
         ({"vae_config__vae_path": "nowhere/vae"}, "nowhere/vae"),
         ({"model_config__in_dim": 16}, "model_config.in_dim is 16, but the VAE's latent channels 4"),
@@ -253,13 +288,9 @@ def test_a_text_encoder_of_another_width_is_named(tmp_path, vae_folder, capsys):
 def test_a_folder_of_another_architecture_is_refused_and_kept(tmp_path, vae_folder, capsys):
     assert train(tmp_path / "run", vae_folder) == 0
     before = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*"))
-    for other in ({"model_config__dim": 64}, {"model_config__num_layers": 6}, {"training_iteration": 9, "seed": 1}):
+    for other in ({"model_config__dim": 64}, {"model_config__num_layers": 6}, {"seed": 1}):
         capsys.readouterr()
-        code = train(tmp_path / "run", vae_folder, **other)
-        if "seed" in other:  # the same network: its random numbers go on
-            assert code == 0
-            continue
-        assert code == 2
+        assert train(tmp_path / "run", vae_folder, **other) == 2
         error = capsys.readouterr().err
         assert "iter_000000005 is the state of another run" in error
         assert "output_dir" in error
@@ -274,14 +305,60 @@ def test_output_that_cannot_be_written_is_said_first(tmp_path, vae_folder, capsy
 
 def test_all_of_a_new_transformer_is_initialised(tmp_path, vae_folder):
     config = load_config(TrainConfig, None, words(tmp_path, vae_folder))
-    one, other = (build(config, torch.device("cpu")).transformer for _ in range(2))
+    job = settle(config, Launch())
+    one, same = (build(config, job, arrange(config, job)).transformer for _ in range(2))
     assert all(p.isfinite().all() for p in one.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), same.parameters(), strict=True))
+    other = build(config.model_copy(update={"seed": 5}), job, arrange(config, job)).transformer
     assert any(not torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    torch.manual_seed(config.seed)
-    again = build(config, torch.device("cpu")).transformer
-    torch.manual_seed(config.seed)
-    same = build(config, torch.device("cpu")).transformer
-    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), same.parameters(), strict=True))
+
+
+def test_the_flops_are_those_torch_counts():
+    with torch.device("meta"):  # where attention is two plain products, which torch counts
+        model = OSPNextTransformer3DModel(**ARCHITECTURE)
+        inputs = torch.randn(1, 4, 2, 16, 24), torch.rand(1), torch.randn(1, 128, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    tokens, flops = training_flops(model.config, model.layouts, inputs[0].shape[1:], 128)
+    assert tokens == 2 * 8 * 12
+    assert flops == 3 * counter.get_total_flops()
+
+
+def test_profiling_writes_a_trace_and_goes_on(tmp_path, vae_folder):
+    assert train(tmp_path / "run", vae_folder, profiling=True, trackers="[]") == 0
+    trace = json.loads((tmp_path / "run/trace_0.json").read_text())
+    assert any("AdamW" in str(event.get("name")) for event in trace["traceEvents"])
+    assert read_log(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_the_configuration_and_the_curves_lie_beside_the_states(tmp_path, vae_folder):
+    assert train(tmp_path / "run", vae_folder) == 0
+    again = load_config(TrainConfig, tmp_path / "run/config.yaml", [])
+    given = load_config(TrainConfig, None, words(tmp_path / "run", vae_folder)).alone()
+    assert again.model_dump() == given.model_dump()
+    curves = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    assert {"train/grad_norm", "train/lr", "train/tokens_per_second"} <= set(curves.Tags()["scalars"])
+    assert train(tmp_path / "run", vae_folder, training_iteration=7) == 0
+    curves = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("weights", ["average", "live"])
+def test_a_state_is_exported(tmp_path, vae_folder, capsys, weights):
+    assert train(tmp_path / "run", vae_folder) == 0
+    state, to = tmp_path / "run/iter_000000003", tmp_path / "exported"
+    capsys.readouterr()
+    assert main(["export", str(state), str(to), f"weights={weights}"]) == 0
+    assert f"the {weights} weights of {state}" in capsys.readouterr().out
+    pipe = OSPNextPipeline.from_pretrained(to)
+    for part in ("transformer", "text_encoder"):
+        saved = read_state(state, f"{weights}.{part}.")
+        assert all(torch.equal(p, saved[key]) for key, p in getattr(pipe, part).named_parameters())
+    assert main(["export", str(state), str(to)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run/pipeline"), str(tmp_path / "other")]) == 2
+    assert "no state of a training run" in capsys.readouterr().err
 
 
 def test_hif8_training_resumes_exactly_and_says_so(tmp_path, vae_folder, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from saved_states import read_state
 from torch import nn
 from transformers import ByT5Tokenizer
 
@@ -118,12 +118,12 @@ def test_the_command_in_a_process_of_its_own(tmp_path):
     assert f"saved {tmp_path / 'run/text_encoder'}" in done.stdout
     encoder = load_text_encoder(tmp_path / "run/text_encoder", dtype=None)
     assert encoder.config.d_model == 32
-    average = load_file(tmp_path / "run/iter_000000006/text_encoder.ema.safetensors")
+    average = read_state(tmp_path / "run/iter_000000006", "average.text_encoder.")
     assert all(torch.equal(p, average[name]) for name, p in encoder.named_parameters())
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "iter_000000006/text_encoder.safetensors")
+    return read_state(folder / "iter_000000006", "live.text_encoder.")
 
 
 def test_the_command_in_pieces(tmp_path, capsys):

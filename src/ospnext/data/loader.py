@@ -127,16 +127,31 @@ class Loader:
             DataError: too many clips in a row cannot be read, or a process that reads them died.
             StoreError: the store was replaced or is damaged.
         """
-        ahead = Steps(self.sampler, self.progress)
+        for batch in self.share(0, 1):
+            self.advance()
+            yield batch
+
+    def share(self, member: int, members: int) -> Iterator[Any]:
+        """Batches of every ``members``-th step from the present state on, the ``member``-th first.
+
+        For processes that take turns: the state stays where it is, ``advance`` moves it step by step.
+
+        Raises:
+            DataError, StoreError: as iteration.
+        """
+        ahead = Steps(self.sampler, self.progress, member, members)
         batches = iter(DataLoader(_Attempts(self.dataset), batch_sampler=ahead, **self._arguments))
         while True:
             with naming_dead_workers():
                 batch = next(batches)
             if isinstance(batch, Exception):
                 raise batch
-            self.progress = self.sampler.step(self.progress).after
             self.statistics.add(batch)
             yield batch
+
+    def advance(self) -> None:
+        """A step was taken by all ranks."""
+        self.progress = self.sampler.step(self.progress).after
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last batch left off, in plain values; the same on every rank."""

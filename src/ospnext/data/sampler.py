@@ -7,6 +7,7 @@ group by all ranks together. A run that goes on from it, with as many ranks or o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +130,7 @@ class Sampler:
                     f"the data's state was saved with {what} {state[key]}, but this run has {mine[key]}: resume with "
                     "the settings and the data of the first run, or start anew"
                 )
-        return Progress(int(state["epoch"]), tuple(int(count) for count in state["taken"]))
+        return Progress(int(state["epoch"]), tuple(int(number) for number in state["taken"]))
 
     def _drawable(self, left: int) -> bool:
         return left >= (self.step_size if self.drop_last else 1)
@@ -167,18 +168,26 @@ class Steps:
     A DataLoader with workers reads ahead of the training. ``Loader`` counts what was trained on; torchdata's
     StatefulDataLoader keeps the state that belongs to each batch. Either goes on from it with any number of ranks.
 
+    Args:
+        sampler: of the rank.
+        progress: to go on from.
+        first, every: only the ``first`` step (from 0) and every ``every``-th after it: the share of one of several
+            processes that take turns.
+
     Attributes:
         progress: when the last step that was drawn is taken.
     """
 
-    def __init__(self, sampler: Sampler, progress: Progress | None = None) -> None:
+    def __init__(self, sampler: Sampler, progress: Progress | None = None, first: int = 0, every: int = 1) -> None:
         self.sampler, self.progress = sampler, progress or sampler.start
+        self.first, self.every = first, every
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        while True:
+        for number in count():
             step = self.sampler.step(self.progress)
             self.progress = step.after
-            yield step.draws
+            if number % self.every == self.first:
+                yield step.draws
 
     def state_dict(self) -> dict[str, Any]:
         """``progress`` in plain values, the same on every rank."""

@@ -62,11 +62,18 @@ def sample_sigmas(
     generator's device, or ``device`` without one.
     """
     source = device if generator is None else generator.device
-    if logit_normal:
-        sigmas = torch.sigmoid(logit_mean + logit_std * torch.randn(n, generator=generator, device=source))
-    else:
-        sigmas = torch.rand(n, generator=generator, device=source)
-    return shift_sigmas(sigmas, shift).to(device)
+    draw = torch.randn if logit_normal else torch.rand
+    base = draw(n, generator=generator, device=source)
+    return noise_levels(base, logit_normal, shift, logit_mean=logit_mean, logit_std=logit_std).to(device)
+
+
+def noise_levels(
+    base: Tensor, logit_normal: bool = True, shift: float = 1.0, *, logit_mean: float = 0.0, logit_std: float = 1.0
+) -> Tensor:
+    """The noise levels of ``sample_sigmas`` for numbers that were drawn already: normal ones, or uniform ones in
+    [0, 1) without ``logit_normal``.
+    """
+    return shift_sigmas(torch.sigmoid(logit_mean + logit_std * base) if logit_normal else base, shift)
 
 
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> NoisySample:

@@ -155,6 +155,28 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The total norm of gradients, that of one device; arguments as ``clip_gradients``."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[torch.Tensor], scale: float) -> None:
+    """Multiply all gradients, plain or sharded, in place."""
+    torch._foreach_mul_([shard_of(p.grad).values for p in parameters if p.grad is not None], scale)
+
+
+def synchronise_gradients(modules: Iterable[nn.Module], on: bool) -> None:
+    """Whether the next backward pass of sharded modules ends in gradients of all processes, or only adds to its own.
+
+    Without it gradients are kept whole on every process until a pass with it has reduced them.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(on)
+
+
 def forget_gathered(model: nn.Module) -> None:
     """Free all gathered weights, so that the next forward pass sees what was written to the shards since."""
     for unit in model.modules():

@@ -140,6 +140,15 @@ def gather_objects(launch: Launch, value: Any) -> list[Any]:
     return values
 
 
+def any_of(launch: Launch, wish: bool) -> bool:
+    """Whether any process wishes something; all of them ask together."""
+    if launch.world == 1:
+        return wish
+    flag = torch.tensor(int(wish))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def from_first(launch: Launch, make: Callable[[], T]) -> T:
     """What ``make`` gives in the first process, in all of them; if it fails there, it fails everywhere."""
     return gather_objects(launch, agree(launch, lambda: make() if launch.first else None))[0]

@@ -250,13 +250,35 @@ def load(state: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if isinstance(entry, TensorStorageMetadata)
     }
     _compare(state, {name: tensor.shape for name, tensor in tensors.items()}, saved)
+    _fill(state, tensors, reader, alone=not dist.is_initialized())
+    return read_record(state)
+
+
+def read(state: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of a state whose names begin with ``prefix``, whole and on the CPU, by what follows it; in one process.
+
+    Raises:
+        StateError: a file is missing or damaged.
+    """
+    if problem := _check_files(state):
+        raise _damaged(state, problem)
+    reader = _TensorReader(state)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
+    }
+    _fill(state, tensors, reader, alone=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _fill(state: Path, tensors: Mapping[str, Tensor], reader: FileSystemReader, alone: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=alone)
     except _FAILURES as error:
         raise _damaged(state, _line(error)) from error
-    return read_record(state)
 
 
 class _TensorReader(FileSystemReader):

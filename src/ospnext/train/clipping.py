@@ -33,12 +33,15 @@ class AdaptiveClipper:
         self.mean: float | None = None  # no step yet
         self.variance = 0.0
         self.skipped = 0  # steps whose gradients were not finite
+        self.in_a_row = 0  # of them, those since the last that was
 
     def step(self, norm: float) -> Clipped:
         """Take in a step's norm; the same on all processes."""
         if not math.isfinite(norm):
             self.skipped += 1
+            self.in_a_row += 1
             return Clipped(None, self.threshold)
+        self.in_a_row = 0
         if self.mean is None:
             self.mean = min(self.max_grad_norm, FIRST * norm)
         threshold = self.threshold
@@ -55,8 +58,9 @@ class AdaptiveClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"mean": self.mean, "variance": self.variance, "skipped": self.skipped}
+        return {"mean": self.mean, "variance": self.variance, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``."""
-        self.mean, self.variance, self.skipped = state["mean"], state["variance"], state["skipped"]
+        self.mean, self.variance = state["mean"], state["variance"]
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,8 +1,9 @@
-"""Clips of the moving-shapes world as training data: rendered once on the device, then drawn at random.
+"""Clips of the moving-shapes world as training data: rendered once, and kept on the device.
 
 No file is read or written: a pool is a function of its seed, so a resumed run draws from the same clips.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from ospnext.data.sampler import Draw
 from ospnext.models.video_vae import encode_whole, normalise
 from ospnext.shapes.captions import caption
 from ospnext.shapes.render import render
@@ -117,11 +119,16 @@ class LatentClips:
             latents.append(normalise(vae, mean.float()).to(torch.bfloat16 if device.type == "cuda" else torch.float32))
         return torch.cat(latents)
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """``count`` random samples: float32 latents ``[B, C, t, h, w]`` and token ids ``[B, text_len]``."""
-        device = generator.device
-        clip = torch.randint(len(self.latents), (count,), generator=generator, device=device)
-        wording = torch.randint(self.tokens.shape[1], (count,), generator=generator, device=device)
-        kept = torch.rand(count, generator=generator, device=device) >= self.drop
-        tokens = torch.where(kept[:, None], self.tokens[clip, wording], self.empty)
+    def take(self, draws: Sequence[Draw], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The samples of some draws: float32 latents ``[B, C, t, h, w]`` and token ids ``[B, text_len]``.
+
+        Which wording, and whether it is left out, is a function of (seed, epoch, clip).
+        """
+        wordings = []
+        for draw in draws:
+            rng = np.random.default_rng([seed, draw.epoch, draw.clip])
+            dropped = rng.random() < self.drop
+            wordings.append(-1 if dropped else int(rng.integers(self.tokens.shape[1])))
+        clip, wording = torch.tensor([[draw.clip for draw in draws], wordings], device=self.latents.device)
+        tokens = torch.where((wording >= 0)[:, None], self.tokens[clip, wording], self.empty)
         return self.latents[clip].float(), tokens.long()

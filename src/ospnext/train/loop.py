@@ -1,29 +1,38 @@
-"""The training loop, for one device: forward, backward, step, average, log, save; the same for every recipe.
+"""The training loop: forward, backward, step, average, log, save; the same for every recipe, on one process or many.
 
-A recipe gives the modules it trains and a function that returns the losses of one micro-batch. Logs are JSON lines in
-``output_dir/train_log.jsonl``, one every ``log_interval`` steps and at the end, with the mean of each loss since the
-line before (or since the run was resumed).
+A recipe gives the modules it trains and a function that returns the losses of one micro-batch. All random numbers come
+from the generator it is given, which is seeded anew from (seed, step, micro-batch), or are functions of the sample
+(``noise``): so a resumed run is the run that was never interrupted. Gradients of a step's micro-batches are added up
+and exchanged once. A step whose gradients are not finite is left out and counted.
 """
 
-import json
-import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ospnext.train.optim import MovingAverage, Schedule, adamw, clip_gradients, learning_rate
-from ospnext.train.state import TrainState, latest
+from ospnext.parallel.fsdp import gradient_norm, scale_gradients, synchronise_gradients
+from ospnext.parallel.launch import Launch, any_of
+from ospnext.parallel.state import StateError, StateWriter, newest
+from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.log import Log, Losses, Meter, Tracker
+from ospnext.train.optim import MovingAverage, Schedule, adamw, learning_rate
+from ospnext.train.state import Data, TrainState, latest
 
-Losses = Mapping[str, torch.Tensor]  # scalars by name; "loss" is the one that is minimised
+MOST_SKIPPED = 20  # steps in a row without finite gradients: no accident
 
 
 class DivergedError(ValueError):
-    """The loss or its gradient is not finite; the message says how to go on."""
+    """Step after step has no finite gradient; the message says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class LoopSettings:
     """What the loop needs to know of a recipe's configuration.
 
     Intervals count steps of the optimiser; ``time_budget_minutes`` counts from the first step, and a step that has
-    begun is finished.
+    begun is finished. ``keep`` states stay, None: all.
     """
 
     output_dir: Path
@@ -48,9 +57,36 @@ class LoopSettings:
     ema_update_interval: int = 1
     log_interval: int = 50
     save_interval: int = 1000
+    keep: int | None = 3
     time_budget_minutes: float | None = None
     seed: int = 42
     dtype: torch.dtype = torch.bfloat16  # of the arithmetic, by autocast; float32 turns it off
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run has besides its recipe.
+
+    Attributes:
+        launch: this process among those of the run.
+        data: where samples come from, if it has a state.
+        trackers: where lines of the log go besides the file; in the first process.
+        meter: counts the work, for throughput in the log.
+        after_step: called after each step and its average, before it is saved, with the state.
+        about: plain values that states keep: what is needed to make a model of them.
+    """
+
+    launch: Launch = field(default_factory=Launch)
+    data: Data | None = None
+    trackers: Callable[[TrainState], Sequence[Tracker]] = lambda state: ()
+    meter: Meter | None = None
+    after_step: Callable[[TrainState, Log], None] = lambda state, log: None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits for what the numbers name."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def fit(
@@ -58,52 +94,64 @@ def fit(
     losses: Callable[[torch.Generator, int], Losses],
     settings: LoopSettings,
     device: torch.device,
+    around: Surroundings | None = None,
 ) -> TrainState:
-    """Train until the last iteration or until the time budget is spent; then save.
+    """Train until the last iteration, until the time budget is spent or until SIGTERM; then save.
 
     Resumes from the newest state in ``output_dir``, and says so, with the result of a run that was never interrupted.
 
     Args:
-        modules: what is trained, by the names it is saved under.
+        modules: what is trained, by the names it is saved under; whole, or sharded by ``parallel``.
         losses: (generator on the device, step) -> losses of one micro-batch; called under autocast. All randomness
-            must come from the two arguments.
+            must come from the two arguments or from the data. The generator is the same on all processes.
+        settings: the numbers.
+        device: of this process.
+        around: the rest; None in one process with nothing around it.
 
     Returns:
         The state after the last step; its ``average`` still has to be swapped in.
 
     Raises:
         StateError: a state cannot be restored or written.
-        DivergedError: the loss is not finite; saved states are untouched, and none is saved after it.
+        DivergedError: gradients stopped being finite; saved states are untouched.
     """
+    around = around or Surroundings()
     state = TrainState(
         modules,
         adamw(modules, settings.lr, settings.betas, settings.eps, settings.weight_decay),
         MovingAverage(modules, settings.ema_decay),
-        torch.Generator(device).manual_seed(settings.seed),
+        AdaptiveClipper(settings.max_grad_norm),
+        around.data,
+        around.about,
     )
+    say = print if around.launch.first else _silent
     if (folder := latest(settings.output_dir)) is not None:
         state.load(folder)
-        print(f"resumed from {folder}: step {state.step} of {settings.iterations}")
-    if settings.time_budget_minutes is None:
-        deadline = float("inf")
-    else:
-        deadline = time.monotonic() + 60 * settings.time_budget_minutes
-    log = _Log(settings, state.step)
-    with _progress() as bar:
+        say(f"resumed from {folder}: step {state.step} of {settings.iterations}")
+    deadline = time.monotonic() + 60 * (settings.time_budget_minutes or float("inf"))
+    writer = StateWriter(settings.output_dir, settings.keep)
+    log = Log(settings.output_dir, around.launch, around.trackers(state), around.meter, device, state.step)
+    with _finishing(writer, around.launch), _termination() as asked, _progress(around.launch.first) as bar:
         task = bar.add_task("training", total=settings.iterations, completed=state.step)
-        while state.step < settings.iterations and time.monotonic() < deadline:
+        while state.step < settings.iterations:
+            if any_of(around.launch, asked.is_set() or time.monotonic() >= deadline):
+                break
             log.add(_step(state, losses, settings, device))
             bar.update(task, completed=state.step)
             if state.step % settings.log_interval == 0 or state.step == settings.iterations:
                 bar.update(task, description=log.write(state))
+            around.after_step(state, log)
             if state.step % settings.save_interval == 0:
-                log.check(state.step)
-                state.save(settings.output_dir)
-    if log.count:
-        log.write(state)  # what a spent time budget has left since the last line
-    print(f"saved {state.save(settings.output_dir)}")
+                state.save(writer)
+        state.terminated = any_of(around.launch, asked.is_set())
+        if log.count:
+            log.write(state)  # what a spent time budget has left since the last line
+        state.save(writer)
+        writer.finish()
+    log.finish()
+    say(f"saved {newest(settings.output_dir)}")
     if state.step < settings.iterations:
-        print(f"stopped at step {state.step} of {settings.iterations}: start again to go on")
+        say(f"stopped at step {state.step} of {settings.iterations}: start again to go on")
     return state
 
 
@@ -112,91 +160,74 @@ def _step(state: TrainState, losses: Callable, settings: LoopSettings, device: t
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     total: dict[str, torch.Tensor] = {}
-    for _ in range(settings.accumulation_steps):
+    generator = torch.Generator(device)
+    for micro in range(settings.accumulation_steps):
+        synchronise_gradients(state.modules.values(), micro == settings.accumulation_steps - 1)
+        generator.manual_seed(seed_of(settings.seed, state.step, micro))
         with torch.autocast(device.type, settings.dtype, enabled=settings.dtype != torch.float32):
-            parts = losses(state.generator, state.step)
+            parts = losses(generator, state.step)
         (parts["loss"] / settings.accumulation_steps).backward()
         for name, value in parts.items():
             total[name] = total.get(name, 0) + value.detach() / settings.accumulation_steps
-    parameters = [p for group in state.optimiser.param_groups for p in group["params"]]
-    total["grad_norm"] = clip_gradients(parameters, settings.max_grad_norm)
-    state.optimiser.step()
-    state.optimiser.zero_grad(set_to_none=True)
+    _apply(state, settings, total)
     state.step += 1
-    if state.step % settings.ema_update_interval == 0:
-        state.average.update()
     return total
 
 
-class _Log:
-    """Means of the losses between two lines of the log; kept on the device so that steps do not wait for the host."""
-
-    def __init__(self, settings: LoopSettings, step: int) -> None:
-        self.path = settings.output_dir / "train_log.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_log(self.path, step)
-        self.sums: dict[str, torch.Tensor] = {}
-        self.count, self.since = 0, time.monotonic()
-
-    def add(self, losses: Losses) -> None:
-        """Take in the losses of one step."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
-
-    def check(self, step: int) -> None:
-        """Stop the run if anything since the last line was not finite: what a bad gradient made is not worth saving.
-
-        Raises:
-            DivergedError: names the value and the way out.
-        """
-        for name in ("loss", "grad_norm"):
-            value = self.sums[name].item() if self.count else 0.0
-            if not math.isfinite(value):
-                raise DivergedError(
-                    f"{name} became {value} within the {self.count} steps before step {step}; nothing of them is "
-                    f"saved: lower the learning rate and start again, to go on from the newest state in "
-                    f"{self.path.parent}"
-                )
-
-    def write(self, state: TrainState) -> str:
-        """Append a line; returns the progress bar's description."""
-        self.check(state.step)
-        means = {name: (value / self.count).item() for name, value in self.sums.items()}
-        now = time.monotonic()
-        line = {
-            "step": state.step,
-            **{name: round(value, 6) for name, value in means.items()},
-            "lr": state.optimiser.param_groups[0]["lr"],
-            "seconds_per_step": round((now - self.since) / self.count, 5),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.sums, self.count, self.since = {}, 0, now
-        return f"training, loss {means['loss']:.4f}"
+def _apply(state: TrainState, settings: LoopSettings, total: dict[str, torch.Tensor]) -> None:
+    """Clip and take the step, or leave it out."""
+    parameters = list(state.average.live.values())
+    norm = gradient_norm(parameters)
+    scale, threshold = state.clipper.step(norm.item())
+    if scale is not None:
+        if scale < 1:
+            scale_gradients(parameters, scale)
+        state.optimiser.step()
+        if (state.step + 1) % settings.ema_update_interval == 0:
+            state.average.update()
+        total |= {"grad_norm": norm.detach(), "grad_threshold": norm.new_tensor(threshold)}
+    state.optimiser.zero_grad(set_to_none=True)
+    if state.clipper.in_a_row >= MOST_SKIPPED:
+        raise DivergedError(
+            f"gradients were not finite in {MOST_SKIPPED} steps in a row, up to step {state.step + 1}; none of them "
+            f"changed the weights: lower the learning rate and start again, to go on from the newest state in "
+            f"{settings.output_dir}"
+        )
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Take out the lines after ``step``: a run that was killed lost these steps, and they come again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if kept != lines:
-        draft = path.with_name(f".{path.name}.tmp")
-        draft.write_text("".join(kept))
-        draft.replace(path)
+@contextmanager
+def _finishing(writer: StateWriter, launch: Launch) -> Iterator[None]:
+    """Let the state that is being written when something goes wrong be written to its end.
 
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; infinity for what is none, such as the rest of a full disk."""
+    Among many processes only where all fail alike: the others may be anywhere, and would be waited for.
+    """
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        yield
+    except BaseException as error:
+        if launch.world == 1 or isinstance(error, DivergedError):
+            with suppress(StateError):
+                writer.finish()
+        raise
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
+@contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; where signals cannot be had (not the main thread) it stays unset."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _progress(shown: bool) -> Progress:
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown)
+
+
+def _silent(text: str) -> None:
+    """What processes other than the first say."""

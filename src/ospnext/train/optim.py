@@ -1,11 +1,13 @@
 """How a step changes the weights: the learning-rate schedule, AdamW's parameter groups, the moving average."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ospnext.parallel.fsdp import shard_of
 
 Schedule = Literal["constant", "cosine"]
 
@@ -41,8 +43,28 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
 
 
+def moments(optimiser: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """AdamW's state of every parameter by the parameter's name, made now and not at the first step.
+
+    So there is always the same to save and to fill, whether a step was taken or not.
+    """
+    fused = bool(optimiser.defaults.get("fused"))
+    for p in named.values():
+        state = optimiser.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return {name: optimiser.state[p] for name, p in named.items()}
+
+
 class MovingAverage:
-    """Exponential moving average of parameters, in float32, on their device.
+    """Exponential moving average of parameters that are trained, in float32, sharded as they are, on their device.
+
+    Attributes:
+        live: the parameters by ``module.parameter``.
+        shadow: their averages.
+        updates: how many there were.
 
     The decay grows from 0.1 as (1 + n) / (10 + n) until it reaches ``decay``, so that the average of a short run does
     not remember its random start.
@@ -51,28 +73,24 @@ class MovingAverage:
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._live = {
+        self.live = {
             f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
-        self.shadow = {key: p.detach().float().clone() for key, p in self._live.items()}
+        self.shadow = {key: p.detach().float().clone() for key, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """shadow += (1 - decay) (parameter - shadow)."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        live = [shard_of(p).values.detach().float() for p in self.live.values()]
+        torch._foreach_lerp_([shard_of(shadow).values for shadow in self.shadow.values()], live, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the averaged and the live values: once to evaluate the average, once more to train on."""
-        for key, p in self._live.items():
-            kept = p.detach().clone()
-            p.copy_(self.shadow[key])
-            self.shadow[key].copy_(kept)
-
-
-def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a total norm of ``max_norm``; returns the norm they had, still on the device."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+        for key, p in self.live.items():
+            own, averaged = shard_of(p).values, shard_of(self.shadow[key]).values
+            kept = own.detach().clone()
+            own.copy_(averaged)
+            averaged.copy_(kept)

@@ -1,8 +1,8 @@
 """What ``ospnext train`` can be told."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ospnext.config import Config
 from ospnext.sections import RunConfig, SchedulerConfig
@@ -27,6 +27,15 @@ class NoiseConfig(SchedulerConfig):
 class DatasetConfig(Config):
     """What one sample is."""
 
+    metafile_or_dir_path: str | None = Field(
+        default=None, description="wan_t2v: the store of data build; latents: the folder of data encode"
+    )
+    train_fps: float | None = Field(default=16, gt=0, description="frames per second of a sample")
+    sample_stride: int | None = Field(
+        default=None, ge=1, description="take every n-th frame instead, whatever the rate"
+    )
+    keep_chinese: bool = Field(default=False, description="leave Chinese characters in captions")
+    timeout: float = Field(default=600.0, gt=0, description="seconds that reading a clip may take")
     sample_height: int = Field(default=480, ge=16, description="pixels, a multiple of 16")
     sample_width: int = Field(default=832, ge=16, description="pixels, a multiple of 16")
     sample_num_frames: int = Field(default=49, ge=1, description="frames, 4k+1")
@@ -42,10 +51,14 @@ class DatasetConfig(Config):
 class DataConfig(Config):
     """Where samples come from and how they are batched."""
 
-    dataset_name: Literal["t2v_random", "wan_t2v", "shapes"] = Field(
-        default="t2v_random", description="noise (to try the loop), real videos, or rendered moving shapes"
+    dataset_name: Literal["t2v_random", "wan_t2v", "latents", "shapes"] = Field(
+        default="t2v_random", description="noise (to try the loop), real videos, encoded videos, or rendered shapes"
     )
-    batch_size: int = Field(default=1, ge=1, description="samples of one forward pass on one rank")
+    batch_size: int = Field(default=1, ge=1, description="samples of one forward pass, of the ranks that share a video")
+    num_workers: int = Field(default=4, ge=0, description="processes that read clips, of each rank")
+    pin_memory: bool = Field(default=False, description="keep batches where accelerators copy fastest from")
+    drop_last: bool = Field(default=True, description="leave out the end of an epoch that fills no step")
+    shuffle: bool = Field(default=True, description="a new order each epoch")
     dataset_config: DatasetConfig = DatasetConfig()
 
 
@@ -56,6 +69,13 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(default=1e-2, ge=0, description="decoupled weight decay")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the two moments")
     eps: float = Field(default=1e-15, gt=0, description="added to the root of the second moment")
+
+
+class TrackerConfig(Config):
+    """The run in wandb; it is on where a project is named and the package is there."""
+
+    project_name: str | None = Field(default=None, description="also log to wandb, offline unless WANDB_MODE says so")
+    exp_name: str | None = Field(default=None, description="name of the run there; default: the project's")
 
 
 class TrainConfig(RunConfig):
@@ -72,16 +92,48 @@ class TrainConfig(RunConfig):
         default=False, description="recompute activations backward: less memory, more time"
     )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="batches of one optimiser step")
-    init_max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    init_max_grad_norm: float = Field(
+        default=1.0, gt=0, description="largest norm gradients are scaled down to at first; then it follows the run"
+    )
     lr_schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after warm-up")
     warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises from 0")
     log_interval: int = Field(default=1, ge=1, description="steps between log lines")
     save_interval: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int | None = Field(default=3, ge=1, description="newest checkpoints that stay; empty: all")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="decay of the averaged weights")
     ema_update_interval: int = Field(default=1, ge=1, description="steps between updates of the averaged weights")
     compile: bool = Field(default=True, description="torch.compile the transformer's blocks, on accelerators")
     deterministic_training: bool = Field(default=False, description="only deterministic kernels: slower, repeatable")
+    profiling: bool = Field(default=False, description="write a trace of steps 3 to 5 of this start to output_dir")
+    encoder_cpu_offload: bool = Field(
+        default=False, description="keep VAE and text encoder in host memory while they are not needed"
+    )
+    trackers: tuple[str, ...] = Field(
+        default=("tensorboard",), description="accelerate's trackers that get the log besides train_log.jsonl"
+    )
+    wandb_config: TrackerConfig = TrackerConfig()
     train_text_encoder: bool = Field(default=False, description="train the text encoder along")
     scheduler_config: NoiseConfig = NoiseConfig()
     data_config: DataConfig = DataConfig()
     optimizer_config: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        data, clip = self.data_config.dataset_name, self.data_config.dataset_config
+        if data in ("wan_t2v", "latents") and clip.metafile_or_dir_path is None:
+            raise ValueError(
+                f"data_config.dataset_name is {data}, but data_config.dataset_config.metafile_or_dir_path is missing: "
+                f"name what `ospnext data {'build' if data == 'wan_t2v' else 'encode'}` wrote"
+            )
+        if data in ("t2v_random", "shapes") and clip.metafile_or_dir_path is not None:
+            raise ValueError(
+                f"data_config.dataset_config.metafile_or_dir_path is {clip.metafile_or_dir_path}, but dataset_name is "
+                f"{data}, which reads no files: set data_config.dataset_name=wan_t2v, or leave the path out"
+            )
+        if data != "shapes" and self.train_text_encoder:
+            raise ValueError(f"train_text_encoder is for rendered shapes, but data_config.dataset_name is {data}")
+        if clip.train_fps is None and clip.sample_stride is None:
+            raise ValueError("train_fps and sample_stride are both empty: give one")
+        if self.weight_dtype in ("fp16", "float16"):
+            raise ValueError(f"weight_dtype is {self.weight_dtype}: training needs bf16's range: use bf16 or fp32")
+        return self

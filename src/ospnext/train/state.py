@@ -1,52 +1,50 @@
-"""What a run is resumed from: weights, their average, optimiser, random numbers and the step, in one folder.
+"""What a run is resumed from: everything that changes while it trains, by name.
 
-``output_dir/iter_000000500/`` holds ``NAME.safetensors`` and ``NAME.ema.safetensors`` for every trained module,
-``optimiser.pt`` (read with ``weights_only``) and ``state.json``. It is written as ``.iter_000000500.tmp`` and renamed
-when nothing is missing: a folder with the final name is complete, unless something was done to it afterwards.
+Tensors (weights of what is trained, their average, AdamW's moments) may be sharded; ``parallel.state`` writes them in
+the background and reads them on any number of processes. All else is a record of plain values: step, clipper, where
+the data was, the tracker's run. There are no states of random generators: all random numbers are functions of the
+seed and of what they are for (``loop``, ``noise``).
 """
 
-import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # only the exception: torch's weights-only reader raises it
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ospnext.checkpoints.save import let_others_read
-from ospnext.train.optim import MovingAverage
+from ospnext.parallel.state import StateError, StateWriter, load, newest, read_record
+from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.optim import MovingAverage, moments
 
-_SUFFIXES = ("", ".ema")  # of the files of a module: its weights, and their average
-_UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError)
-_UNWRITABLE = (OSError, SafetensorError, RuntimeError)  # torch.save says RuntimeError where a disk is full
-
-
-class StateError(ValueError):
-    """A state that cannot be written or taken; the message names its folder and the way out."""
+FORMAT = "ospnext training state 1"
 
 
-class _Saved(NamedTuple):
-    """A state as read: tensors named ``module.parameter``, what ``optimiser.pt`` holds, and ``state.json``."""
+class Data(Protocol):
+    """Where a run's samples come from, with a state of plain values that is the same on all processes."""
 
-    live: dict[str, Tensor]
-    average: dict[str, Tensor]
-    rest: dict[str, Any]
-    record: dict[str, Any]
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last micro-batch left off."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after ``state``; raises ValueError where it is of other data."""
 
 
 class TrainState:
     """Everything that changes while a run trains.
 
     Args:
-        modules: the trained modules by name; their parameters are saved, and they have no buffers that change.
-        optimiser: over their parameters.
+        modules: the trained modules by name; what needs gradients is saved, and they have no buffers that change.
+        optimiser: AdamW over their parameters.
         average: of their parameters.
-        generator: the source of all random numbers of the steps.
+        clipper: of their gradients.
+        data: None where the recipe draws from its generator alone.
+        about: plain values to keep beside: what is needed to make a model of a state.
+
+    Attributes:
+        step: steps taken, those left out included.
+        tracker: what the trackers need to go on with the same run, plain values.
+        terminated: whether the run was asked to end by a signal.
     """
 
     def __init__(
@@ -54,36 +52,25 @@ class TrainState:
         modules: Mapping[str, nn.Module],
         optimiser: torch.optim.Optimizer,
         average: MovingAverage,
-        generator: torch.Generator,
+        clipper: AdaptiveClipper,
+        data: Data | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.modules = dict(modules)
-        self.optimiser = optimiser
-        self.average = average
-        self.generator = generator
+        self.optimiser, self.average, self.clipper, self.data = optimiser, average, clipper, data
+        self.about = dict(about or {})
         self.step = 0
+        self.tracker: dict[str, Any] = {}
+        self.terminated = False
+        self._moments = moments(optimiser, average.live)
 
-    def save(self, output_dir: Path) -> Path:
-        """Write the state atomically and return its folder; one of the same step is left as it is.
+    def save(self, writer: StateWriter) -> None:
+        """Begin to write the state; it is there once ``writer.finish`` has returned.
 
         Raises:
-            StateError: it cannot be written. Nothing is left of it, and older states are untouched.
+            StateError: the state before it could not be written. Older states are untouched.
         """
-        final = output_dir / f"iter_{self.step:09d}"
-        if final.exists():
-            return final
-        draft = output_dir / f".{final.name}.tmp"
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            self._write(draft)
-            os.replace(draft, final)
-        except _UNWRITABLE as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise StateError(
-                f"cannot save {final}: {_line(error)}; make room, or give another output_dir (states before it are "
-                "untouched: the same command goes on from the newest)"
-            ) from error
-        return final
+        writer.save(self.step, self.tensors(), self.record())
 
     def load(self, folder: Path) -> None:
         """Restore a saved state, strictly; settings of the optimiser (rates, betas, decay) stay this run's.
@@ -91,83 +78,72 @@ class TrainState:
         Raises:
             StateError: a file is missing or damaged, or the folder belongs to another run. Nothing has changed.
         """
-        saved = self._read(folder)
-        live, average = self._parameters(), self.average.shadow
+        record = read_record(folder)
+        if record.get("format") != FORMAT or (record["data"] is None) != (self.data is None):
+            raise _foreign(
+                folder, f"it is no {FORMAT}" if record.get("format") != FORMAT else "its data is of another kind"
+            )
+        before = None if self.data is None else self.data.state_dict()
         try:
-            _compare(live, saved.live)
-            _compare(average, saved.average)
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimiser.param_groups]
-            self.optimiser.load_state_dict(saved.rest["optimiser"])
-            for group, own in zip(self.optimiser.param_groups, settings, strict=True):
-                group.update(own)
-            self.generator.set_state(saved.rest["generator"])
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise StateError(
-                f"{folder} is the state of another run: {_line(error)}; give another output_dir, or remove the iter_ "
-                "folders in this one to start over"
-            ) from error
-        with torch.no_grad():
-            for ours, theirs in ((live, saved.live), (average, saved.average)):
-                for key, tensor in ours.items():
-                    tensor.copy_(theirs[key])
-        self.step, self.average.updates = saved.record["step"], saved.record["ema_updates"]
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": p for name, module in self.modules.items() for key, p in module.named_parameters()}
-
-    def _write(self, folder: Path) -> None:
-        for name in self.modules:
-            for suffix, tensors in zip(_SUFFIXES, (self._parameters(), self.average.shadow), strict=True):
-                own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-                path = folder / f"{name}{suffix}.safetensors"
-                save_file({k: t.detach().contiguous() for k, t in own.items()}, path)
-                let_others_read(path)
-        state = {"optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state()}
-        torch.save(state, folder / "optimiser.pt")
-        record = {"step": self.step, "ema_updates": self.average.updates, "modules": list(self.modules)}
-        (folder / "state.json").write_text(json.dumps(record, indent=2) + "\n")
-
-    def _read(self, folder: Path) -> _Saved:
-        """All of a folder's files, before anything is changed by them."""
+            if self.data is not None:
+                self.data.load_state_dict(record["data"])
+        except ValueError as error:
+            raise _foreign(folder, str(error)) from error
+        tensors = self.tensors()
         try:
-            record = json.loads((folder / "state.json").read_text())
-            live, average = (_join(folder, record["modules"], suffix) for suffix in _SUFFIXES)
-            rest = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
-            return _Saved(live, average, rest, {"step": int(record["step"]), "ema_updates": int(record["ema_updates"])})
-        except _UNREADABLE as error:
-            raise StateError(
-                f"cannot resume from {folder}: it is incomplete or damaged ({_line(error)}); remove the folder to go "
-                "on from the one before"
-            ) from error
+            load(folder, tensors)
+        except StateError:
+            if self.data is not None and before is not None:
+                self.data.load_state_dict(before)
+            raise
+        for moment, steps in zip(self._moments.values(), tensors["optimiser.steps"].tolist(), strict=True):
+            moment["step"].fill_(steps)
+        self.step, self.average.updates = record["step"], record["ema_updates"]
+        self.clipper.load_state_dict(record["clipper"])
+        self.tracker = record["tracker"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; those of the optimiser's step counts are one copy."""
+        named: dict[str, Tensor] = {f"live.{name}": p.detach() for name, p in self.average.live.items()}
+        named |= {f"average.{name}": shadow for name, shadow in self.average.shadow.items()}
+        for name, moment in self._moments.items():
+            named |= {f"{key}.{name}": moment[key] for key in ("exp_avg", "exp_avg_sq")}
+        return named | {"optimiser.steps": torch.stack([m["step"].detach().cpu() for m in self._moments.values()])}
+
+    def record(self) -> dict[str, Any]:
+        """All else, in plain values."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "modules": list(self.modules),
+            "about": self.about,
+            "ema_updates": self.average.updates,
+            "clipper": self.clipper.state_dict(),
+            "data": None if self.data is None else self.data.state_dict(),
+            "tracker": self.tracker,
+        }
 
 
 def latest(output_dir: Path) -> Path | None:
-    """The state with the highest step in a run's folder, if there is one; drafts do not count."""
-    found = [p for p in output_dir.glob("iter_*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    """The state to go on from, or None.
+
+    Raises:
+        StateError: the newest folder with a state's name is incomplete, or of a format that is no longer read.
+    """
+    try:
+        return newest(output_dir)
+    except StateError as error:
+        old = [path for path in output_dir.glob("iter_*/*") if path.name in ("state.json", "model_state_dict.pt")]
+        if not old:
+            raise
+        raise StateError(
+            f"{old[0].parent} was not written by this trainer: give another output_dir (weights of an older run are "
+            "started from with model_config.pretrained_model_dir_or_checkpoint)"
+        ) from error
 
 
-def _join(folder: Path, modules: Sequence[str], suffix: str) -> dict[str, Tensor]:
-    """The tensors of several modules' files, named ``module.parameter``."""
-    files = {name: load_file(folder / f"{name}{suffix}.safetensors") for name in modules}
-    return {f"{name}.{key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
-
-
-def _compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where names or shapes differ."""
-    names = sorted(ours.keys() ^ theirs.keys())
-    if names:
-        raise ValueError(f"{len(names)} tensors are in one of them only, such as {', '.join(names[:3])}")
-    shapes = [key for key, tensor in ours.items() if tensor.shape != theirs[key].shape]
-    if shapes:
-        key = shapes[0]
-        raise ValueError(
-            f"{len(shapes)} tensors differ in shape, such as {key}: {list(theirs[key].shape)} there, "
-            f"{list(ours[key].shape)} in this run"
-        )
-
-
-def _line(error: BaseException) -> str:
-    """An error in one short line; some have no words."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"no {text}" if isinstance(error, KeyError) else text[:200]
+def _foreign(folder: Path, problem: str) -> StateError:
+    return StateError(
+        f"{folder} is the state of another run: {problem}; give another output_dir, or remove the iter_ folders in "
+        "this one to start over"
+    )

@@ -21,7 +21,8 @@ from ospnext.models.text import encode_tokens, small_text_encoder
 from ospnext.shapes.captions import caption
 from ospnext.shapes.world import BACKGROUNDS, COLOURS, MOTIONS, RADII, REACH, Scene
 from ospnext.train.clips import sample_scenes
-from ospnext.train.loop import LoopSettings, Losses, fit
+from ospnext.train.log import Losses
+from ospnext.train.loop import LoopSettings, fit
 
 VOCABULARIES = {
     "shape": tuple(REACH),
@@ -72,6 +73,8 @@ def run(config: TextTrainConfig) -> None:
         return reading_losses(encoder, heads, ids[chosen], {name: v[chosen] for name, v in labels.items()})
 
     state = fit({"text_encoder": encoder, "heads": heads}, losses, loop_settings(config), device)
+    if state.terminated:
+        return
     state.average.swap()
     with torch.no_grad():
         measured = reading_losses(encoder.eval(), heads, ids[:held], {name: v[:held] for name, v in labels.items()})

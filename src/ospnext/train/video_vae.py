@@ -21,7 +21,8 @@ from ospnext.generate.run import make_folder
 from ospnext.models.video_vae import decode_whole, encode_whole
 from ospnext.sections import DType
 from ospnext.train.clips import ClipSize, WorldName, random_crops, render_pool, sample_scenes, to_video
-from ospnext.train.loop import LoopSettings, Losses, fit
+from ospnext.train.log import Losses
+from ospnext.train.loop import LoopSettings, fit
 
 
 class VAEArchitecture(Config):
@@ -142,6 +143,8 @@ def run(config: VAETrainConfig) -> None:
         return reconstruction_losses(vae, video, moments, noise, decode, config.edge_weight, config.kl_weight)
 
     state = fit({"vae": vae}, losses, loop_settings(config), device)
+    if state.terminated:
+        return
     state.average.swap()
     finish(vae, pool, Path(config.output_dir))
 

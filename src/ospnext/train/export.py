@@ -1,0 +1,143 @@
+"""``ospnext export``: a pipeline folder for sampling, from any state of a training run.
+
+ospnext export runs/osp_14b/iter_000002000 out/pipeline
+ospnext export runs/osp_14b/iter_000002000 out/pipeline weights=live vae_path=Wan2.1_VAE.pth
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
+from ospnext.config import Config, ConfigError, load_config
+from ospnext.config_keys import key_rules
+from ospnext.device import resolve_dtype
+from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.sampler import make_scheduler
+from ospnext.models.text import WAN_NEGATIVE_PROMPT
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.parallel.state import RECORD, StateError, read, read_record
+from ospnext.quant.apply import quantize
+from ospnext.quant.settings import read_keys, recipe
+from ospnext.train.parts import constructor_settings, find_sources
+from ospnext.train.settings import TrainConfig
+
+# How the small models of the shapes world are sampled unless a call says otherwise, and those of Wan's size.
+SMALL: dict[str, Any] = {"shift": 3.0, "num_inference_steps": 20, "guidance_scale": 4.0}
+LARGE: dict[str, Any] = {"shift": 7.0, "num_inference_steps": 50, "guidance_scale": 5.0}
+
+
+class ExportConfig(Config):
+    """``ospnext export``: a state of a training run as a pipeline folder."""
+
+    state: str = Field(min_length=1, description="iter_ folder of a run, beside its config.yaml")
+    dst: str = Field(min_length=1, description="folder to write")
+    weights: Literal["average", "live"] = Field("average", description="the moving average, or the weights themselves")
+    vae_path: str | None = Field(None, description="VAE, if not the one of the run's config.yaml")
+    text_encoder_path: str | None = Field(None, description="text encoder, if not that one")
+    tokenizer_path: str | None = Field(None, description="tokenizer, if not that one")
+
+
+def run(config: ExportConfig) -> str:
+    """Write the pipeline; returns a line that says where it is.
+
+    Raises:
+        ValueError: the state is damaged, something that belongs to a pipeline is missing, or ``dst`` is there already.
+    """
+    state, to = Path(config.state), Path(config.dst)
+    if to.exists():
+        raise ConfigError(f"{to} is there already: choose another dst, or remove it")
+    if not (state / RECORD).is_file():
+        raise ConfigError(f"{state}: no state of a training run (there is no {RECORD}): name an iter_ folder")
+    snapshot = state.parent / "config.yaml"
+    if not snapshot.is_file():
+        raise ConfigError(f"{snapshot}: not there; a state is exported with the configuration beside it")
+    own = load_config(TrainConfig, snapshot, [], key_rules("train"))
+    text = {"checkpoint_path": config.text_encoder_path, "text_tokenizer_path": config.tokenizer_path}
+    text = {key: path for key, path in text.items() if path is not None}
+    own = own.model_copy(
+        update={
+            "vae_config": own.vae_config.model_copy(update={"vae_path": config.vae_path or own.vae_config.vae_path}),
+            "text_encoder_config": own.text_encoder_config.model_copy(update=text),
+        }
+    )
+    export_pipeline(own, state, to, config.weights)
+    return f"saved {to}: the {config.weights} weights of {state}"
+
+
+def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "average") -> None:
+    """Save a state as one pipeline folder that samples as it was trained: the VAE in its own dtype, all else in
+    ``weight_dtype``.
+
+    Args:
+        config: of the run.
+        state: one of its states.
+        to: the folder to write.
+        weights: ``average`` or ``live``.
+
+    Raises:
+        ValueError: the state is damaged, or something is missing.
+    """
+    dtype = resolve_dtype(config.weight_dtype)
+    settings = read_record(state).get("about", {})
+    if "transformer" not in settings:
+        raise StateError(f"{state}: not the state of a transformer's training")
+    sources, _ = find_sources(config)
+    encoded = config.data_config.dataset_name == "latents"  # else the default of training is the tokenizer's, too
+    needed = ["vae", *(["text_encoder"] * ("text_encoder" not in settings)), *(["tokenizer"] * encoded)]
+    if missing := [key for key in needed if getattr(sources, key) is None]:
+        raise ConfigError(f"{', '.join(missing)} not named in the run's configuration: give {missing[0]}_path")
+    with torch.device("meta"):
+        transformer = OSPNextTransformer3DModel(**constructor_settings(settings["transformer"]))
+    fill_from(transformer, read(state, f"{weights}.transformer."), dtype)
+    eight_bits = recipe(read_keys(settings["transformer"], state), torch.device("cpu"))
+    if eight_bits is not None:
+        quantize(transformer, eight_bits)  # its config.json says so
+    assert sources.vae is not None
+    if "text_encoder" in settings:
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(UMT5Config.from_dict(settings["text_encoder"]))
+        fill_from(encoder, read(state, f"{weights}.text_encoder."), dtype)
+        encoder.tie_weights()
+    else:
+        assert sources.text_encoder is not None
+        encoder = load_text_encoder(sources.text_encoder, dtype)
+    small = config.data_config.dataset_name == "shapes"
+    clip, sampling = config.data_config.dataset_config, SMALL if small else LARGE
+    pipeline = OSPNextPipeline(
+        transformer,
+        load_vae(sources.vae, resolve_dtype(config.vae_config.dtype)),
+        encoder,
+        ByT5Tokenizer() if sources.tokenizer is None else load_tokenizer(sources.tokenizer),
+        make_scheduler("euler", sampling["shift"]),
+        # For small models what the dropped captions of training were; Wan's weights know Wan's.
+        negative_prompt="" if small else WAN_NEGATIVE_PROMPT,
+        defaults={
+            "height": clip.sample_height,
+            "width": clip.sample_width,
+            "num_frames": clip.sample_num_frames,
+            "num_inference_steps": sampling["num_inference_steps"],
+            "guidance_scale": sampling["guidance_scale"],
+        },
+    )
+    pipeline.save_pretrained(to)
+
+
+def fill_from(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a module on meta its parameters.
+
+    Raises:
+        StateError: they are not all there.
+    """
+    tied = set(getattr(module, "_tied_weights_keys", None) or {})
+    expected = {name: p.shape for name, p in module.named_parameters()}
+    differing = [name for name in expected if name not in tensors and name not in tied]
+    differing += [name for name in tensors if name not in expected or tensors[name].shape != expected[name]]
+    if differing:
+        raise StateError(f"the state does not hold all of this {type(module).__name__}: {', '.join(differing[:3])}")
+    module.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True)
+    module.eval()

@@ -1,0 +1,396 @@
+"""The networks of a training run and its data: settled and checked from headers, then loaded, shared and filled.
+
+``settle`` reads no weights but those of a VAE that encoded clips are held to; ``build`` puts the networks together,
+``open_feed`` the data. All processes call them together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from ospnext.assemble import Crew, assemble_transformer, fit_run, join
+from ospnext.checkpoints.components import find_components, pipeline_folder
+from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from ospnext.checkpoints.memory import require_memory
+from ospnext.config import ConfigError
+from ospnext.data.buckets import Bucket
+from ospnext.data.dataset import SampleSettings
+from ospnext.data.latents import LatentDataset, module_fingerprint, open_latent_loader
+from ospnext.data.loader import Loader, open_loader
+from ospnext.data.sampler import Draw, Sampler
+from ospnext.device import resolve_dtype, working_dtype
+from ospnext.generate.size import size_step
+from ospnext.models.text import small_text_encoder
+from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.parallel.apply import Fit, Options, parallelise
+from ospnext.parallel.circle import Circle
+from ospnext.parallel.fsdp import Sharding, copies_mesh
+from ospnext.parallel.launch import Launch, place
+from ospnext.parallel.ownership import segment_count
+from ospnext.quant.apply import quantize
+from ospnext.quant.settings import SAVED, quant_keys, recipe
+from ospnext.train.clips import ClipSize, LatentClips, sample_scenes
+from ospnext.train.feed import EncodedFeed, Encoders, Feed, RenderedFeed, VideoFeed
+from ospnext.train.settings import TrainConfig
+
+
+class Sources(NamedTuple):
+    """Where the networks are; None: made anew, or not needed."""
+
+    transformer: Path | None
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: Path | None
+
+
+class Job(NamedTuple):
+    """A run, settled and checked.
+
+    ``transformer`` are the settings of the network, ``latents`` the shape ``[C, t, h, w]`` of a sample, ``loader`` is
+    None where clips are rendered.
+    """
+
+    device: torch.device
+    sizes: Fit
+    sources: Sources
+    transformer: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None
+    latents: tuple[int, int, int, int]
+    loader: Loader | None
+    notices: list[str]
+
+
+class Components(NamedTuple):
+    """The networks of a run; which of them are trained is the configuration's choice. None: not needed."""
+
+    transformer: OSPNextTransformer3DModel
+    vae: AutoencoderKLWan | None
+    text_encoder: UMT5EncoderModel | None
+
+
+# ── before anything is loaded ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settle(config: TrainConfig, launch: Launch) -> Job:
+    """Everything about a run that can be known before weights are loaded; nothing is written.
+
+    Raises:
+        ValueError: bad input, in one line that names it.
+    """
+    device = place(launch, config.device)
+    sources, notices = find_sources(config)
+    if config.train_text_encoder and launch.world > 1:
+        raise ConfigError(f"train_text_encoder trains in one process, but {launch.world} were started")
+    with torch.device("meta"):
+        transformer = (
+            OSPNextTransformer3DModel(**config.architecture())
+            if sources.transformer is None
+            else load_transformer(sources.transformer, device="meta", **trained_as(config, "emulation"))
+        )
+    recipe(quant_keys(config.transformer_config), device)  # refuses what this device cannot do
+    segments = segment_count(transformer.layouts, transformer.config.sparse_ratio)
+    sizes = fit_run(config, launch.world, segments, guided=False)
+    rank = launch.rank // sizes.sizes.video
+    settings = constructor_settings(transformer.config)
+    if config.data_config.dataset_name == "latents":
+        loader, latents = open_encoded(config, sources, settings, rank, sizes.sizes.dp)
+        return Job(device, sizes, sources, settings, None, latents, loader, notices)
+    assert sources.vae is not None
+    vae = load_vae(sources.vae, device="meta")
+    tokenizer = ByT5Tokenizer() if sources.tokenizer is None else load_tokenizer(sources.tokenizer)
+    if sources.text_encoder is None:
+        encoder = small_text_encoder(settings["text_dim"], len(tokenizer))
+    else:
+        encoder = load_text_encoder(sources.text_encoder, device="meta")
+    check_fit(config, settings, vae, encoder, tokenizer)
+    latents = latent_shape(config, vae)
+    if config.data_config.dataset_name == "shapes":
+        return Job(device, sizes, sources, settings, tokenizer, latents, None, notices)
+    loader = open_videos(config, tokenizer, settings["text_len"], rank, sizes.sizes.dp)
+    return Job(device, sizes, sources, settings, tokenizer, latents, loader, notices)
+
+
+def find_sources(config: TrainConfig) -> tuple[Sources, list[str]]:
+    """Where the networks are, and what there is to say of it.
+
+    With ``model`` everything comes from that pipeline folder: how a finished model is trained further.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    text = config.text_encoder_config
+    given = {
+        "model_config.pretrained_model_dir_or_checkpoint": config.transformer_config.pretrained_model_dir_or_checkpoint,
+        "vae_config.vae_path": config.vae_config.vae_path,
+        "text_encoder_config.checkpoint_path": text.checkpoint_path,
+        "text_encoder_config.text_tokenizer_path": text.text_tokenizer_path,
+    }
+    if config.model is not None:
+        found = find_components(pipeline_folder(config.model))
+        unread = [key for key, path in given.items() if path is not None]
+        line = f"every network comes from model={config.model}; not read: {', '.join(unread)}"
+        return Sources(found.transformer, found.vae, found.text_encoder, found.tokenizer), [line] if unread else []
+    if config.data_config.dataset_name != "latents":
+        if config.vae_config.vae_path is None:
+            raise ConfigError("vae_config.vae_path is missing: name a trained video VAE (ospnext train-vae makes one)")
+        if text.checkpoint_path is None and not config.train_text_encoder:
+            raise ConfigError(
+                "text_encoder_config.checkpoint_path is missing: name a text encoder, or set train_text_encoder"
+            )
+    return Sources(*(None if path is None else Path(path) for path in given.values())), []
+
+
+def check_fit(
+    config: TrainConfig,
+    transformer: dict[str, Any],
+    vae: AutoencoderKLWan,
+    encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Find out before anything is loaded whether the networks fit each other, and the clips the networks.
+
+    Raises:
+        ConfigError: names what does not fit.
+    """
+    for key, source, given in (
+        ("in_dim", "the VAE's latent channels", vae.config.z_dim),
+        ("out_dim", "the VAE's latent channels", vae.config.z_dim),
+        ("text_dim", "the text encoder's width", encoder.config.d_model),
+    ):
+        if transformer[key] != given:
+            raise ConfigError(f"model_config.{key} is {transformer[key]}, but {source} {given}: they must be equal")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size}: name the "
+            "tokenizer it was trained with in text_encoder_config.text_tokenizer_path"
+        )
+    clip, step = config.data_config.dataset_config, size_step(vae.config, transformer)
+    if (clip.sample_num_frames - 1) % step.frames:
+        raise ConfigError(f"sample_num_frames is {clip.sample_num_frames}: these networks need {step.frames}k + 1")
+    for key, unit in (("sample_height", step.height), ("sample_width", step.width)):
+        if getattr(clip, key) % unit:
+            raise ConfigError(f"{key} is {getattr(clip, key)}: these networks need a multiple of {unit}")
+
+
+def latent_shape(config: TrainConfig, vae: AutoencoderKLWan) -> tuple[int, int, int, int]:
+    """Shape ``[C, t, h, w]`` of a sample's latents."""
+    clip, scale = config.data_config.dataset_config, vae.config
+    frames = 1 + (clip.sample_num_frames - 1) // scale.scale_factor_temporal
+    space = scale.scale_factor_spatial
+    return scale.z_dim, frames, clip.sample_height // space, clip.sample_width // space
+
+
+def open_encoded(
+    config: TrainConfig, sources: Sources, transformer: dict[str, Any], rank: int, ranks: int
+) -> tuple[Loader, tuple[int, int, int, int]]:
+    """The loader of encoded clips, and the shape of its largest latents.
+
+    Raises:
+        ValueError: the folder is not finished, or was made for other networks or sizes.
+    """
+    data = config.data_config
+    clip = data.dataset_config
+    sized = {"sample_num_frames", "sample_height", "sample_width"} & clip.model_fields_set
+    expected: dict[str, Any] = {"text_len": transformer["text_len"]}
+    if sized:
+        expected["buckets"] = [[clip.sample_num_frames, clip.sample_height, clip.sample_width]]
+    if sources.vae is not None:
+        dtype = working_dtype(
+            config.vae_config.dtype, torch.device("cpu"), "dtype" in config.vae_config.model_fields_set
+        )
+        expected["vae"] = module_fingerprint(load_vae(sources.vae, dtype))
+    assert clip.metafile_or_dir_path is not None
+    loader = open_latent_loader(
+        clip.metafile_or_dir_path,
+        expected,
+        data.batch_size,
+        rank,
+        ranks,
+        seed=config.seed,
+        text_drop_ratio=clip.text_drop_ratio,
+        shuffle=data.shuffle,
+        drop_last=data.drop_last,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_memory,
+    )
+    dataset = loader.dataset
+    assert isinstance(dataset, LatentDataset)
+    firsts = [Draw(0, int(group[0]), place) for place, group in enumerate(dataset.groups) if len(group)]
+    samples = [dataset[draw] for draw in firsts]
+    for sample in samples:
+        for key, what, found in (
+            ("in_dim", "latent channels", sample.latents.shape[0]),
+            ("out_dim", "latent channels", sample.latents.shape[0]),
+            ("text_dim", "width of embeddings", sample.text.shape[-1]),
+        ):
+            if transformer[key] != found:
+                raise ConfigError(
+                    f"model_config.{key} is {transformer[key]}, but the {what} in {clip.metafile_or_dir_path} {found}: "
+                    "they must be equal"
+                )
+    largest = max((tuple(sample.latents.shape) for sample in samples), key=np.prod)
+    return loader, (largest[0], largest[1], largest[2], largest[3])
+
+
+def open_videos(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, text_len: int, rank: int, ranks: int
+) -> Loader:
+    """The loader of videos, or of noise.
+
+    Raises:
+        ValueError: there is no such store, or no clip of it is long enough.
+    """
+    data = config.data_config
+    clip = data.dataset_config
+    samples = SampleSettings(
+        (Bucket(clip.sample_num_frames, clip.sample_height, clip.sample_width),),
+        None if clip.sample_stride is not None else clip.train_fps,
+        clip.sample_stride,
+        clip.text_drop_ratio,
+        clip.keep_chinese,
+        clip.timeout,
+        config.seed,
+    )
+    return open_loader(
+        data.dataset_name,
+        clip.metafile_or_dir_path,
+        samples,
+        tokenizer,
+        text_len,
+        data.batch_size,
+        rank,
+        ranks,
+        shuffle=data.shuffle,
+        drop_last=data.drop_last,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_memory,
+    )
+
+
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrange(config: TrainConfig, job: Job) -> Crew:
+    """Arrange the processes: unlike in sampling, they always share gradients."""
+    crew = join(config, job.sizes, job.device, config.model_cpu_offload)
+    if crew.mesh is None:
+        return crew
+    weights = crew.weights or copies_mesh(job.sizes.copies, job.device.type)
+    dtype = resolve_dtype(config.weight_dtype)
+    sharding = Sharding(
+        config.reshard_after_forward,
+        config.explicit_prefetching_num_blocks,
+        config.model_cpu_offload,
+        None if dtype == torch.float32 else dtype,
+    )
+    return replace(crew, weights=weights, sharding=sharding)
+
+
+def build(config: TrainConfig, job: Job, crew: Crew) -> Components:
+    """The networks, loaded or made anew, frozen but for what is trained, each process's part in its place.
+
+    Raises:
+        CheckpointError, OutOfMemoryError: as ``checkpoints.load``.
+    """
+    transformer = build_transformer(config, job, crew).train().requires_grad_(True)
+    transformer.set_attention_kernel(config.attention_kernel)
+    rendered = config.data_config.dataset_name == "shapes"
+    if config.data_config.dataset_name == "latents":
+        return Components(transformer, None, None)
+    device, offload = job.device, config.encoder_cpu_offload and not rendered
+    home = torch.device("cpu") if offload else device
+    assert job.sources.vae is not None
+    vae = load_vae(job.sources.vae, vae_dtype(config, device), home).requires_grad_(False)
+    text = config.text_encoder_config
+    if job.sources.text_encoder is None:
+        assert job.tokenizer is not None
+        encoder = small_text_encoder(job.transformer["text_dim"], len(job.tokenizer)).to(device)
+    else:
+        dtype = torch.float32 if rendered else working_dtype(text.dtype or "bf16", device, text.dtype is not None)
+        encoder = load_text_encoder(job.sources.text_encoder, dtype, home)
+    encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
+    if config.compile and device.type != "cpu" and config.train_text_encoder:
+        encoder.compile(dynamic=False)
+    return Components(transformer, vae, encoder)
+
+
+def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTransformer3DModel:
+    """The transformer in float32: this process's part where the crew shares it."""
+    compiled = config.compile and job.device.type != "cpu"
+    options = Options(crew.sharding, config.gradient_checkpointing, "inductor" if compiled else None)
+    if job.sources.transformer is None:
+        torch.manual_seed(config.seed)
+        model = OSPNextTransformer3DModel(**job.transformer).to(job.device)
+        if (eight_bits := recipe(quant_keys(config.transformer_config), job.device)) is not None:
+            quantize(model, eight_bits)
+        if crew.mesh is not None:
+            parallelise(model, crew.mesh, crew.weights, options)
+    else:
+        model = assemble_transformer(
+            job.sources.transformer, crew, torch.float32, options=options, **trained_as(config)
+        )
+    if crew.mesh is None:
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if compiled:
+            model.compile_repeated_blocks(dynamic=False)
+    return model
+
+
+def trained_as(config: TrainConfig, execution: str | None = None) -> dict[str, Any]:
+    """How ``load_transformer`` shall make a transformer that is to be trained; ``execution`` wins over the keys."""
+    quant = quant_keys(config.transformer_config)
+    if execution is not None:
+        quant["quant_execution"] = execution
+    return {"trainable": True, "quant": quant, **config.architecture()}
+
+
+def constructor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's config without what diffusers adds and what says how it runs in 8 bits."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in SAVED}
+
+
+def vae_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype that latents are made in: float32 on a CPU, which takes many times as long for half precision."""
+    return torch.float32 if device.type == "cpu" else resolve_dtype(config.vae_config.dtype)
+
+
+def open_feed(config: TrainConfig, job: Job, parts: Components, crew: Crew) -> Feed:
+    """The data of a run.
+
+    Raises:
+        OutOfMemoryError: rendered clips do not fit on the device.
+    """
+    if job.loader is not None and parts.vae is None:
+        return EncodedFeed(job.loader, config.seed, job.device)
+    assert parts.vae is not None
+    assert parts.text_encoder is not None
+    if job.loader is not None:
+        encoders = Encoders(parts.vae, parts.text_encoder, config.encoder_cpu_offload)
+        return VideoFeed(job.loader, config.seed, job.device, encoders, Circle(crew.mesh))
+    dataset = config.data_config.dataset_config
+    need = dataset.num_clips * int(np.prod(job.latents)) * (2 if job.device.type == "cuda" else 4)
+    require_memory(need, job.device, f"a pool of {dataset.num_clips} clips", "use a smaller num_clips")
+    assert job.tokenizer is not None
+    clips = LatentClips(
+        parts.vae,
+        job.tokenizer,
+        sample_scenes(dataset.world, dataset.num_clips, config.seed),
+        ClipSize(dataset.sample_num_frames, dataset.sample_height, dataset.sample_width),
+        config.seed,
+        job.transformer["text_len"],
+        dataset.text_drop_ratio,
+        job.device,
+    )
+    sizes = job.sizes.sizes
+    rank = 0 if crew.mesh is None else crew.mesh.devices["dp"].get_local_rank()
+    data = config.data_config
+    order = [np.arange(dataset.num_clips)]
+    sampler = Sampler(order, data.batch_size, rank, sizes.dp, config.seed, data.shuffle, drop_last=False)
+    return RenderedFeed(clips, sampler, config.seed)

@@ -1,0 +1,82 @@
+"""What the tests of training run in every process: the command itself on tiny random networks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ByT5Tokenizer
+
+from ospnext.config import load_config
+from ospnext.config_keys import key_rules
+from ospnext.models.text import small_text_encoder
+from ospnext.parallel.launch import Launch
+from ospnext.parallel.state import newest, read
+from ospnext.train.settings import TrainConfig
+from ospnext.train.sft import run
+from ospnext.train.video_vae import VAEArchitecture
+
+# 2 x 2 x 3 tokens: no size divides by anything. A large eps keeps AdamW from blowing rounding up.
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "weight_dtype": "fp32",
+    "model_config.dim": 32,
+    "model_config.ffn_dim": 48,
+    "model_config.freq_dim": 16,
+    "model_config.text_dim": 32,
+    "model_config.text_len": 12,
+    "model_config.in_dim": 4,
+    "model_config.out_dim": 4,
+    "model_config.num_heads": 4,
+    "model_config.num_layers": 8,
+    "model_config.skiparse_model_type": "dual_end",
+    "model_config.num_full_blocks": 4,
+    "data_config.num_workers": 0,
+    "data_config.batch_size": 4,
+    "data_config.dataset_config.sample_num_frames": 5,
+    "data_config.dataset_config.sample_height": 32,
+    "data_config.dataset_config.sample_width": 48,
+    "optimizer_config.lr": 0.01,
+    "optimizer_config.eps": 1e-3,
+    "training_iteration": 4,
+    "save_interval": 2,
+    "ema_decay": 0.9,
+    "trackers": "[]",
+}
+
+
+def save_encoders(folder: Path) -> dict[str, str]:
+    """A tiny VAE and text encoder on disk; the keys that name them."""
+    torch.manual_seed(0)
+    VAEArchitecture(base_dim=8, dim_mult=(1, 1, 1), z_dim=4).build().save_pretrained(folder / "vae")
+    small_text_encoder(32, len(ByT5Tokenizer())).save_pretrained(folder / "text_encoder")
+    return {
+        "vae_config.vae_path": str(folder / "vae"),
+        "text_encoder_config.checkpoint_path": str(folder / "text_encoder"),
+    }
+
+
+def config_of(values: dict[str, Any]) -> TrainConfig:
+    """The configuration of the tests, changed."""
+    words = [f"{key}={value}" for key, value in (SETTINGS | values).items()]
+    return load_config(TrainConfig, None, words, key_rules("train"))
+
+
+def train(rank: int, world: int, values: dict[str, Any]) -> str:
+    """The command's run; how it refuses, if it does."""
+    torch.set_num_threads(1)
+    config = config_of(values)
+    try:
+        run(config if world > 1 else config.alone(), Launch(rank, world, rank))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Tensors of a run's newest state, and its log without what is measured."""
+    state = newest(folder)
+    assert state is not None
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k.startswith(("loss", "grad")) or k == "step"} for line in lines]
+    return read(state, ""), kept

@@ -1,0 +1,109 @@
+"""``ospnext train`` on many processes: the losses and the weights of one, whatever is shared and however it is cut."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sft_cases as cases
+import torch
+from processes import Processes
+
+from ospnext.generate.pipeline import OSPNextPipeline
+
+Group = Callable[[int], Processes]
+
+PATIENCE = 600.0  # seconds, for the day the machine is busy
+SSP2 = {"use_skiparse_sequence_parallel": True, "skiparse_sp_size": 2}
+ULYSSES2 = {"use_sequence_parallel": True, "sp_size": 2}
+
+
+def batch(size: int, parts: int) -> dict[str, Any]:
+    return {"data_config.batch_size": size, "gradient_accumulation_steps": parts}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return cases.save_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def expected(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process makes of four clips a step."""
+    folder = tmp_path_factory.mktemp("one")
+    assert cases.train(0, 1, paths | {"output_dir": folder}) == ""
+    return cases.outcome(folder)
+
+
+def hold(found: Any, expected: Any) -> None:
+    """Compare tensors and log lines."""
+    (tensors, lines), (wanted, logged) = found, expected
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], atol=2e-5, rtol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
+    assert len(lines) == len(logged)
+    for line, other in zip(lines, logged, strict=True):
+        assert line == pytest.approx(other, rel=2e-4, abs=1e-6)
+
+
+def test_accumulation_trades_against_batch_size(paths: Any, expected: Any, tmp_path: Path) -> None:
+    assert cases.train(0, 1, paths | batch(1, 4) | {"output_dir": tmp_path}) == ""
+    hold(cases.outcome(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "values"),
+    [
+        (2, batch(2, 1) | {"fsdp_size": 2}),
+        (2, batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "encoder_cpu_offload": True}),
+        (2, batch(2, 2) | ULYSSES2 | {"fsdp_size": 1}),
+        (4, batch(1, 2) | SSP2 | {"fsdp_size": 2, "explicit_prefetching_num_blocks": 2}),
+    ],
+    ids=["data", "ssp", "ulysses, whole weights", "data, ssp, copies of shards"],
+)
+def test_the_run_is_that_of_one_process(
+    world: int, values: dict[str, Any], processes: Group, paths: Any, expected: Any, tmp_path: Path
+) -> None:
+    assert set(
+        processes(world).run(cases.train, world, paths | values | {"output_dir": tmp_path}, seconds=PATIENCE)
+    ) == {""}
+    hold(cases.outcome(tmp_path), expected)
+    pipe = OSPNextPipeline.from_pretrained(tmp_path / "pipeline")
+    average = {k.removeprefix("average.transformer."): v for k, v in expected[0].items() if k.startswith("average.t")}
+    for name, p in pipe.transformer.named_parameters():
+        torch.testing.assert_close(p.detach(), average[name], atol=2e-5, rtol=2e-4)
+
+
+def test_a_run_goes_on_on_other_numbers_of_processes(
+    processes: Group, paths: Any, expected: Any, tmp_path: Path
+) -> None:
+    values = paths | {"output_dir": tmp_path, "save_interval": 1}
+    first = values | batch(1, 2) | SSP2 | {"training_iteration": 1, "fsdp_size": 4}
+    assert set(processes(4).run(cases.train, 4, first, seconds=PATIENCE)) == {""}
+    second = values | batch(2, 1) | {"training_iteration": 3, "fsdp_size": 2}
+    assert set(processes(2).run(cases.train, 2, second, seconds=PATIENCE)) == {""}
+    assert cases.train(0, 1, values) == ""
+    hold(cases.outcome(tmp_path), expected)
+
+
+def test_bad_sizes_are_refused_on_all_before_anything_is_written(processes: Group, paths: Any, tmp_path: Path) -> None:
+    for values, said in (
+        (SSP2 | {"skiparse_sp_size": 3}, "ssp 3 x ulysses 1 (skiparse_sp_size x sp_size) does not fit 2 processes"),
+        ({"model_config.in_dim": 8}, "model_config.in_dim is 8, but the VAE's latent channels 4"),
+        ({"vae_config.vae_path": "nowhere"}, "nowhere"),
+        ({"cfg_parallel_size": 2}, "cfg_parallel_size is 2"),
+    ):
+        refused = processes(2).run(cases.train, 2, paths | values | {"output_dir": tmp_path / "run"}, seconds=PATIENCE)
+        assert all(said in text for text in refused)
+        assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_shards_learn_within_their_rounding(
+    processes: Group, paths: Any, expected: Any, tmp_path: Path
+) -> None:
+    values = paths | batch(2, 1) | {"output_dir": tmp_path, "weight_dtype": "bf16", "fsdp_size": 2}
+    assert set(processes(2).run(cases.train, 2, values, seconds=PATIENCE)) == {""}
+    tensors, lines = cases.outcome(tmp_path)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    for line, other in zip(lines, expected[1], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
