@@ -1,5 +1,6 @@
 """Encoded clips: training reads what the encoders make of the videos; stopped runs go on; others are refused."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from ospnext.data.transforms import to_pixel_values
 from ospnext.media import write_video
 from ospnext.models.text import encode_prompts
 from ospnext.models.video_vae import encode_video
+from ospnext.parallel.state import read
 from ospnext.prepare.encode import EncodeConfig, encoder_settings, load_encoders, run
 
 CLIPS = 7
@@ -234,3 +236,60 @@ def test_bad_input_is_one_line(
         assert not (tmp_path / "out").exists()
     assert main(["data", "encode", *words[:1], *words[3:], "buckets=[5x32x48]"]) == 2
     assert "text_encoder_config.checkpoint_path" in capsys.readouterr().err
+
+
+SMALL = {
+    "device": "cpu",
+    "weight_dtype": "fp32",
+    "seed": 5,
+    "training_iteration": 3,
+    "trackers": "[]",
+    **{
+        f"model_config.{key}": value for key, value in {"dim": 24, "ffn_dim": 32, "freq_dim": 8, "text_dim": 16}.items()
+    },
+    **{f"model_config.{key}": value for key, value in {"text_len": 24, "num_heads": 2, "num_layers": 2}.items()},
+    "data_config.num_workers": 0,
+}
+
+
+def train(output: Path, name: str, data: Path, paths: dict[str, str], **more: object) -> int:
+    """``ospnext train`` of a tiny transformer on a data set."""
+    given = {"data_config.dataset_name": name, "data_config.dataset_config.metafile_or_dir_path": data}
+    keys = SMALL | paths | given | {key.replace("__", "."): value for key, value in more.items()}
+    return main(["train", *(f"{key}={value}" for key, value in keys.items()), f"output_dir={output}"])
+
+
+def test_training_runs_on_encoded_clips_and_refuses_others(
+    encoded: Path, paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train(tmp_path / "run", "latents", encoded, paths) == 0
+    assert "latents read from files" in capsys.readouterr().out
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/train_log.jsonl").read_text().splitlines()]
+    assert len(losses) == 3
+    assert all(loss > 0 for loss in losses)
+    others = save_encoders(tmp_path, seed=1)
+    capsys.readouterr()
+    for more, said in (
+        (others, f"{encoded} was made with other settings: vae is"),
+        ({"model_config.text_len": 12}, "text_len is 24 there, 12 here"),
+        ({"model_config.text_dim": 32}, "model_config.text_dim is 32, but the width of embeddings in"),
+        ({"data_config.dataset_config.sample_num_frames": 81}, "buckets is [[5, 32, 48], [9, 48, 32]] there"),
+    ):
+        assert train(tmp_path / "other", "latents", encoded, paths | more) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "other").exists()
+
+
+def test_training_runs_on_videos_and_resumes_exactly(store: Path, paths: dict[str, str], tmp_path: Path) -> None:
+    size = {
+        f"data_config__dataset_config__sample_{k}": v for k, v in (("num_frames", 5), ("height", 32), ("width", 48))
+    }
+    more = size | {"save_interval": 1, "data_config__batch_size": 2, "data_config__drop_last": False}
+    assert train(tmp_path / "whole", "wan_t2v", store, paths, **more) == 0
+    assert train(tmp_path / "parts", "wan_t2v", store, paths, **(more | {"training_iteration": 2})) == 0
+    assert train(tmp_path / "parts", "wan_t2v", store, paths, **more, encoder_cpu_offload=True) == 0
+    one, other = (read(tmp_path / name / "iter_000000003", "") for name in ("whole", "parts"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
