@@ -1,5 +1,9 @@
 """``ospnext train`` on many processes: the losses and the weights of one, whatever is shared and however it is cut."""
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import torch
 from processes import Processes
 
 from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.parallel.state import newest, step_of
 
 Group = Callable[[int], Processes]
 
@@ -107,3 +112,30 @@ def test_bfloat16_shards_learn_within_their_rounding(
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     for line, other in zip(lines, expected[1], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+@pytest.mark.long
+def test_torchrun_ends_well_at_sigterm_and_goes_on(paths: Any, tmp_path: Path) -> None:
+    values = cases.SETTINGS | paths | batch(1, 1) | SSP2 | {"fsdp_size": 2, "output_dir": tmp_path}
+    words = [f"{key}={value}" for key, value in values.items()]
+
+    def start(iterations: int) -> subprocess.Popen:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, "-m", "ospnext", "train", *words, f"training_iteration={iterations}"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    running, log = start(100_000), tmp_path / "train_log.jsonl"
+    while running.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.1)
+    running.terminate()
+    said, _ = running.communicate(timeout=300)
+    state = newest(tmp_path)
+    assert state is not None, said
+    assert not (tmp_path / "pipeline").exists()
+    running = start(step_of(state) + 2)
+    said, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, said
+    assert f"resumed from {state}" in said
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, step_of(state) + 3))
+    assert (tmp_path / "pipeline").exists()
