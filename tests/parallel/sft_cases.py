@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 from transformers import ByT5Tokenizer
 
@@ -62,6 +63,7 @@ def config_of(values: dict[str, Any]) -> TrainConfig:
     return load_config(TrainConfig, None, words, key_rules("train"))
 
 
+@processes.groups_forgotten()
 def train(rank: int, world: int, values: dict[str, Any]) -> str:
     """The command's run; how it refuses, if it does."""
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from ospnext.parallel.state import newest, step_of
 
 Group = Callable[[int], Processes]
 
-PATIENCE = 600.0  # seconds, for the day the machine is busy
+PATIENCE = 200.0  # seconds, for the day the machine is busy
 SSP2 = {"use_skiparse_sequence_parallel": True, "skiparse_sp_size": 2}
 ULYSSES2 = {"use_sequence_parallel": True, "sp_size": 2}
 
@@ -62,7 +62,9 @@ def test_accumulation_trades_against_batch_size(paths: Any, expected: Any, tmp_p
         (2, batch(2, 1) | {"fsdp_size": 2}),
         (2, batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "encoder_cpu_offload": True}),
         (2, batch(2, 2) | ULYSSES2 | {"fsdp_size": 1}),
-        (4, batch(1, 2) | SSP2 | {"fsdp_size": 2, "explicit_prefetching_num_blocks": 2}),
+        pytest.param(
+            4, batch(1, 2) | SSP2 | {"fsdp_size": 2, "explicit_prefetching_num_blocks": 2}, marks=pytest.mark.long
+        ),
     ],
     ids=["data", "ssp", "ulysses, whole weights", "data, ssp, copies of shards"],
 )
@@ -79,6 +81,7 @@ def test_the_run_is_that_of_one_process(
         torch.testing.assert_close(p.detach(), average[name], atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_on_other_numbers_of_processes(
     processes: Group, paths: Any, expected: Any, tmp_path: Path
 ) -> None:
