@@ -1,6 +1,7 @@
 """One step of the transformer on one device and on many: time, exposed exchanges, bytes, memory; gradients.
 
     torchrun --nproc-per-node 2 benchmarks/scaling.py --model 14b --size 720p,768p --layers 5 --compile > scaling.jsonl
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --size 720p --layers 5 --overlap both --full
     torchrun --nproc-per-node 4 benchmarks/scaling.py --size 720p --train
     torchrun --nproc-per-node 2 benchmarks/scaling.py --size 480p --layers 5 --check-gradients --dtype bf16
 
@@ -46,6 +47,8 @@ _COLUMNS = {
     "model": "model",
     "size": "size",
     "layers": "layers",
+    "blocks": "blocks",
+    "overlap": "overlap",
     "step": "step",
     "ms": "ms",
     "speedup": "× one",
@@ -143,6 +146,7 @@ class Case(NamedTuple):
     setup: Setup
     launch: Launch
     overlap: bool
+    blocks: str = "skiparse"  # or full: every block dense
 
     def mesh(self, model: Any) -> Mesh | None:
         """The mesh, None for one device."""
@@ -178,7 +182,7 @@ def time_step(case: Case, train: bool, outputs: dict[Any, torch.Tensor]) -> dict
     """Build, count and time one case; the slowest process counts. Outputs of one device are kept to compare with."""
     setup, launch = case.setup, case.launch
     measure.free_all(setup.device)
-    model = dit_step.build("skiparse", setup)
+    model = dit_step.build(case.blocks, setup)
     mesh = case.mesh(model)
     if mesh is not None:
         apply_sequence_parallel(model, mesh, case.overlap)
@@ -311,12 +315,13 @@ def run(arguments: argparse.Namespace, launch: Launch) -> list[dict[str, Any]]:
     for setup in dit_step.setups(arguments, device, dtype):
         kept: dict[Any, torch.Tensor] = {}
         one = None
-        for shape in arguments.meshes or shapes_of(launch.world, setup.network.sparse_ratio**2):
+        shapes = arguments.meshes or shapes_of(launch.world, setup.network.sparse_ratio**2)
+        for shape, overlap, blocks in variants(arguments, shapes):
             about = {"benchmark": "gradients" if arguments.check_gradients else "scaling", "mesh": shape.name}
             about |= {"model": setup.model, "size": setup.size, "tokens": setup.video.grid.tokens}
             about |= {"layers": setup.layers, "layers_in_model": setup.network.num_layers}
-            about |= {"compiled": setup.compile, "overlap": arguments.overlap}
-            case = Case(shape, setup, launch, arguments.overlap)
+            about |= {"compiled": setup.compile, "overlap": overlap, "blocks": blocks}
+            case = Case(shape, setup, launch, overlap, blocks)
             if shape.cfg == 2 and (arguments.check_gradients or arguments.train):
                 continue  # training has no guidance
             try:
@@ -334,6 +339,18 @@ def run(arguments: argparse.Namespace, launch: Launch) -> list[dict[str, Any]]:
             record = about | result | facts
             records.append(measure.emit(record) if launch.first else record)
     return records
+
+
+def variants(arguments: argparse.Namespace, shapes: list[Shape]) -> list[tuple[Shape, bool, str]]:
+    """What is timed, in order: shape, whether exchanges overlap, blocks; one device of every kind of blocks first."""
+    overlaps = {"off": (False,), "on": (True,), "both": (False, True)}[arguments.overlap]
+    sparse = [
+        (shape, overlap, "skiparse")
+        for shape in shapes
+        for overlap in (overlaps if shape.processes > 1 else overlaps[:1])
+    ]
+    dense = [shape for shape in shapes if shape.ssp == 1] if arguments.full else []
+    return sparse + [(shape, False, "full") for shape in dense]
 
 
 def shape(text: str) -> Shape:
@@ -365,12 +382,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", help="default: bf16, on the CPU fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
-    parser.add_argument("--overlap", action="store_true", help="exchange tokens while blocks compute, as generate does")
+    parser.add_argument(
+        "--overlap",
+        choices=("off", "on", "both"),
+        default="off",
+        help="exchange tokens while blocks compute, as generate does",
+    )
+    parser.add_argument("--full", action="store_true", help="also a model of dense blocks alone, under Ulysses")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--train", action="store_true", help="forward and backward, blocks checkpointed")
     parser.add_argument("--check-gradients", action="store_true", help="of FSDP2 on every mesh, beside one device's")
     arguments = parser.parse_args(namespace=argparse.Namespace(check=False))
-    if arguments.overlap and arguments.compile:
+    if arguments.overlap != "off" and arguments.compile:
         parser.error("compiled blocks keep their tokens to the end: --overlap is for blocks that are not compiled")
     return arguments
 
