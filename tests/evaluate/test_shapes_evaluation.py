@@ -12,12 +12,12 @@ from transformers import ByT5Tokenizer
 
 from ospnext.cli import main
 from ospnext.config import ConfigError, load_config
-from ospnext.evaluate.grading import VIDEOS_PER_PROCESS, grade_all, one_thread
 from ospnext.evaluate.shapes import EvaluateShapesConfig, Share, generate, share, summarise
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
+from ospnext.shapes.grading import VIDEOS_PER_PROCESS, grade_all, one_thread
 from ospnext.shapes.render import render
 from ospnext.shapes.world import World, is_held_out, sample_scene
 from ospnext.train.video_vae import VAEArchitecture

@@ -1,0 +1,1 @@
+"""What reinforcement learning rewards: plain callables from videos, prompts and metadata to scores."""
