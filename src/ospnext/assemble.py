@@ -33,12 +33,14 @@ class Crew:
         mesh: who shares a video; None in one process.
         weights: who shares the weights; None where everyone has them whole.
         sharding: of the transformer's weights.
+        overlap: exchange tokens while blocks compute, in sampling.
     """
 
     device: torch.device
     mesh: Mesh | None = None
     weights: CopiesMesh | None = None
     sharding: Sharding = field(default_factory=Sharding)
+    overlap: bool = False
 
 
 def fit_run(config: ParallelConfig, world: int, segments: int, guided: bool) -> Fit:
@@ -110,8 +112,8 @@ def assemble_transformer(
 
         def shard(model: Any) -> None:
             # 8-bit linears scale by all tokens at once, so these cannot go in two parts.
-            overlap = chosen.compile_backend is None and not is_quantised(model)
-            parallelise(model, mesh, crew.weights, replace(chosen, overlap=overlap))
+            assert not (crew.overlap and is_quantised(model))
+            parallelise(model, mesh, crew.weights, replace(chosen, overlap=crew.overlap))
 
     if crew.weights is not None:
         home = storage_device(crew.sharding, crew.device)

@@ -5,10 +5,9 @@ from typing import Any
 import processes
 import torch
 
-from ospnext.assemble import join
 from ospnext.config import load_config
 from ospnext.config_keys import key_rules
-from ospnext.generate.run import run, settle
+from ospnext.generate.run import arrange, run, settle
 from ospnext.generate.settings import GenerateConfig
 from ospnext.generate.sources import load_pipeline
 from ospnext.generate.videos import hidden_bars, sample
@@ -40,7 +39,7 @@ def frames(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, ..
     config = config_of(words, prompt=prompts)
     launch = Launch(rank, world, rank)
     job = settle(config if world > 1 else config.alone(), launch)
-    pipe = load_pipeline(config, job.plan, join(config, job.plan.sizes, job.device))
+    pipe = load_pipeline(config, job.plan, arrange(config, job))
     latents = sample(pipe, config, job.plan, job.tasks, hidden_bars())
     pipe.decode_modes = ("tiled",) if config.vae_tiling == "on" else ("whole", "chunked")
     if config.vae_tiling == "on":
@@ -55,4 +54,4 @@ def sharding(rank: int, world: int, words: tuple[str, ...], prompts: tuple[str, 
     """How the transformer's weights are shared, and what the report notes."""
     config = config_of(words, prompt=prompts)
     job = settle(config, Launch(rank, world, rank))
-    return join(config, job.plan.sizes, job.device).sharding, job.report["notes"]
+    return arrange(config, job).sharding, job.report["notes"]

@@ -82,8 +82,7 @@ def every_copy(world: int) -> list[Copies]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "reshard"), [(False, True), (True, False)])
 @pytest.mark.parametrize(
     ("world", "cfg"), [(world, cfg) for world in (2, 3, 4, 6, 8) for cfg in (1, 2) if world % cfg == 0]
 )

@@ -12,6 +12,7 @@ Of many processes the first one speaks and keeps the folder; each video is writt
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import ospnext
-from ospnext.assemble import join
+from ospnext.assemble import Crew, join
 from ospnext.checkpoints.fill import progress_bar
 from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.config import ConfigError, dump_yaml
@@ -84,7 +85,7 @@ def run(config: GenerateConfig, launch: Launch | None = None) -> str | None:
         opened = agree(launch, lambda: open_folder(folder, config, job) if launch.first else None)
         pending: list[VideoTask] = gather_objects(launch, opened and opened.pending)[0]
         if pending:
-            crew = join(config, job.plan.sizes, job.device, "transformer" in offload)
+            crew = arrange(config, job)
             with progress_bar() if launch.first else nullcontext() as progress:
                 pipe = agree(launch, lambda: load_pipeline(config, job.plan, crew, progress))
             make_videos(pipe, config, job.plan, pending, job.folder, opened and opened.manifest, launch, crew)
@@ -102,6 +103,12 @@ def settle(config: GenerateConfig, launch: Launch) -> Job:
     plan = make_plan(config, device, launch.world)
     report = describe_run(config, plan, device)
     return Job(plan, device, make_tasks(config, prompts, plan), output_folder(config.output_dir, prompts), report)
+
+
+def arrange(config: GenerateConfig, job: Job) -> Crew:
+    """Arrange the processes; all of them call it together, once."""
+    crew = join(config, job.plan.sizes, job.device, "transformer" in job.plan.offload)
+    return replace(crew, overlap=config.overlap_exchanges)
 
 
 def open_folder(stack: ExitStack, config: GenerateConfig, job: Job) -> Opened:
@@ -198,7 +205,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
     guided = sampling.guidance_scale > 1
     idle = offload_notice(Sharding(model_cpu_offload=config.model_cpu_offload), device.type)
     sequence = plan.sizes.sizes.ssp * plan.sizes.sizes.ulysses
-    when = "while blocks compute" if plan.eight_bits == "none" else "after each block, for 8 bits"
+    when = "while blocks compute" if config.overlap_exchanges else "after each block"
     exchanges = f"; tokens travel {when}" if sequence > 1 else ""
     notes = [*config.notices, *([] if idle is None else [idle])]
     return {

@@ -123,6 +123,9 @@ class GenerateConfig(RunConfig):
     guidance_mode: Literal["batched", "sequential"] = Field(
         default="batched", description="both guidance passes at once, or one after the other in less memory"
     )
+    overlap_exchanges: bool = Field(
+        default=False, description="send tokens while blocks compute, for links slower than NVLink; not in 8 bits"
+    )
     vae_tiling: Literal["auto", "on", "off"] = Field(
         default="auto", description="decode in tiles; auto: when memory is short"
     )

@@ -96,6 +96,11 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
     execution = None
     if is_quantised(transformer):
         execution = quant["quant_execution"] = choose_execution(quant.get("quant_execution", "auto"), device)
+        if config.overlap_exchanges:
+            raise ValueError(
+                "overlap_exchanges is true, but the transformer runs in 8 bits, whose linears scale by all tokens at "
+                "once: leave it out"
+            )
     vae = load_vae(places.vae, dtypes.vae, "meta")
     text_encoder = load_text_encoder(places.text_encoder, dtypes.text_encoder, "meta")
     check_fit(transformer, vae, text_encoder, load_tokenizer(places.tokenizer))
