@@ -1,6 +1,6 @@
 """The one order in which models are put together, written once.
 
-    meta -> HiF8 -> sequence -> activation checkpointing -> compile -> FSDP2 -> strict load
+    meta -> HiF8 -> LoRA -> sequence -> activation checkpointing -> compile -> FSDP2 -> strict load
 
 A model is built without memory and held to its files by name and shape; what many processes need is put on it from
 outside (``parallel.apply``); only then every process reads its own part. ``fit_run`` checks all sizes before there is a

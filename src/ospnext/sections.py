@@ -91,6 +91,21 @@ class TextEncoderConfig(Config):
     dtype: DType | None = Field(default=None, description="numbers of the text encoder; default: weight_dtype")
 
 
+class LoraConfig(Config):
+    """The adapter that is trained in place of the model's weights."""
+
+    rank: int = Field(default=32, ge=1, description="rows of A and columns of B: how much an adapter can learn")
+    alpha: float = Field(default=64, gt=0, description="an adapter adds alpha / rank times B A to a weight")
+    target_modules: tuple[str, ...] = Field(
+        default=tuple(f"{attention}.{layer}" for attention in ("self_attn", "cross_attn") for layer in "qkvo"),
+        min_length=1,
+        description="linears that have one, by the ends of their names; also ffn.0, ffn.2",
+    )
+    lora_path: str | None = Field(
+        default=None, description="start from this adapter, a folder or a file, with its own rank and linears"
+    )
+
+
 class SchedulerConfig(Config):
     """What all flow-matching schedules share."""
 

@@ -87,6 +87,7 @@ def fill_shards(
     device: torch.device,
     progress: ProgressCallback | None = None,
     ignore: Collection[str] = (),
+    own: Collection[str] = (),
 ) -> None:
     """Give a sharded model its numbers; this process reads its own rows of every tensor and nothing else.
 
@@ -94,11 +95,12 @@ def fill_shards(
         model: on meta, in the dtypes it shall have, sharded (``parallel.fsdp``).
         weights, name_of, progress, ignore: as in ``fill``; bytes are those of this process.
         device: where the shards are kept.
+        own: tensors of the model that no file holds; they get memory but no numbers.
 
     Raises:
         CheckpointError, OutOfMemoryError: as in ``fill``, the first on all processes.
     """
-    targets = match_names(model, weights, name_of, ignore)
+    targets = match_names(model, weights, name_of, ignore, own)
     state = model.state_dict()
     buffers = [name for name, _ in model.named_buffers() if name not in state]
     assert not buffers, f"{list_names(buffers)}: no state dict holds them"
@@ -118,15 +120,17 @@ def fill_shards(
                     progress(label, done, total)
 
 
-def match_names(model: nn.Module, weights: Weights, name_of: NameMap, ignore: Collection[str] = ()) -> dict[str, str]:
-    """The model's name of every tensor in the files.
+def match_names(
+    model: nn.Module, weights: Weights, name_of: NameMap, ignore: Collection[str] = (), own: Collection[str] = ()
+) -> dict[str, str]:
+    """The model's name of every tensor in the files; arguments as ``fill_shards``.
 
     Raises:
         CheckpointError: missing, unexpected or misshaped tensors, or whole numbers for fractions, under the names in
             the files.
     """
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    expected = {name_of(name): (name, t) for name, t in model.state_dict().items() if name not in tied}
+    others = {*(getattr(model, "_tied_weights_keys", None) or {}), *own}
+    expected = {name_of(name): (name, t) for name, t in model.state_dict().items() if name not in others}
     shapes = {name: tuple(t.shape) for name, (_, t) in expected.items()}
     check_names(type(model).__name__, shapes, weights, ignore)
     strange = [

@@ -96,6 +96,13 @@ def diffusers_name(name: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def module_aliases(num_layers: int) -> dict[str, str]:
+    """The transformer's own name of every module with weights, by its name in any family."""
+    own = [name for name in _TRANSFORMER_MODULES if name != "head"]
+    own += [f"blocks.{index}.{module}" for index in range(num_layers) for module in _BLOCK_MODULES if module]
+    return {diffusers_name(f"{name}.weight").removesuffix(".weight"): name for name in own} | {n: n for n in own}
+
+
 def name_map(family: str) -> NameMap:
     """The map from the transformer's names to the names in files of a family of ``FAMILIES``."""
     return diffusers_name if family == "diffusers" else native_name

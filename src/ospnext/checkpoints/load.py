@@ -15,7 +15,7 @@ every process then reads only its own part.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from ospnext.checkpoints.formats import (
     native_name,
     read_settings,
 )
+from ospnext.checkpoints.lora import WithAdapter, adapter_names, base_name, inject, put_adapter, start
 from ospnext.checkpoints.quantised import check_stored, decoded, put_quantisation, running_names, said_of
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -68,6 +69,7 @@ def load_transformer(
     shard: Shard | None = None,
     quant: Mapping[str, Any] | None = None,
     trainable: bool = False,
+    adapters: Sequence[WithAdapter] = (),
     **overrides: Any,
 ) -> OSPNextTransformer3DModel:
     """The transformer from a release folder of OSP-Next, Wan2.1's or diffusers' folder, our own, or a flat file.
@@ -81,6 +83,7 @@ def load_transformer(
         shard: how processes share the weights; ``device`` is then where they are kept (``fsdp.storage_device``).
         quant: keys of ``quant.settings.QuantKeys``; they win over what the folder's config.json says.
         trainable: hold weights that are stored in 8 bits in plain numbers, as they also are where processes share them.
+        adapters: LoRAs to put on; the weights themselves are frozen then.
         **overrides: constructor arguments. For a file they say what its shapes do not (``num_heads``, the sparse
             settings); for a folder they may only add what its config.json leaves open, such as sparse settings for
             Wan2.1's weights. Weights for which nobody names sparse settings run dense.
@@ -108,10 +111,18 @@ def load_transformer(
         check_stored(model, weights.source)
     else:
         fill(model, weights, name_of, dtype, torch.device("meta"), ignore=ignore)
+        for adapter in adapters:
+            inject(model, *adapter)
         shard(model)
-        fill_shards(model, weights, name_of, torch.device(device), progress, ignore)
+        names: NameMap = lambda name: name_of(base_name(name))  # noqa: E731
+        fill_shards(model, weights, names, torch.device(device), progress, ignore, adapter_names(model))
     if config is not None and later:
         quantize(model, config)
+    for adapter in adapters:
+        if shard is None:
+            put_adapter(model, *adapter)
+        else:
+            start(model, adapter.source, adapter.name)
     return model.eval()
 
 

@@ -94,10 +94,11 @@ class WeightFile:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name, from headers only."""
-        return {name.removeprefix(self._prefix): info for name, info in self._raw.items()}
+        return {name.removeprefix(self.prefix): info for name, info in self._raw.items()}
 
     @cached_property
-    def _prefix(self) -> str:
+    def prefix(self) -> str:
+        """What was taken off all names."""
         return next((p for p in _PREFIXES if self._raw and all(name.startswith(p) for name in self._raw)), "")
 
     @cached_property
@@ -114,7 +115,7 @@ class WeightFile:
                 with safe_open(self.path, framework="pt", device="cpu") as handle:
 
                     def read(name: str, rows: slice | None = None) -> torch.Tensor:
-                        name = self._prefix + name
+                        name = self.prefix + name
                         return handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
 
                     yield read
@@ -122,7 +123,7 @@ class WeightFile:
                 raise CheckpointError(f"{self.path}: {error}") from error
         else:
             data = _torch_tensors(self.path)
-            yield lambda name, rows=None: data[self._prefix + name][... if rows is None else rows]
+            yield lambda name, rows=None: data[self.prefix + name][... if rows is None else rows]
 
 
 class Weights:

@@ -106,7 +106,7 @@ def shard_transformer(model: Any, mesh: DeviceMesh, sharding: Sharding, sequence
         sequences: of the whole run, ``dp``: gradients are summed over all processes and divided by it.
 
     Raises:
-        ValueError: parameters of one unit differ in dtype.
+        ValueError: parameters of one unit that need gradients differ in dtype.
     """
     _shard(model, list(model.blocks), mesh, sharding, sequences)
 
@@ -144,6 +144,11 @@ def shard_of(tensor: torch.Tensor) -> Shard:
     return Shard(slice(offset[0], offset[0] + shape[0]), tensor.to_local())
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a parameter, sharded or not; where it is sharded, all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a total norm of ``max_norm``, that of one device; returns the norm they had.
 
@@ -151,14 +156,12 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
         parameters: plain or sharded; where they are sharded, all processes must call it.
         max_norm: of all gradients together.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """The total norm of gradients, that of one device; arguments as ``clip_gradients``."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 @torch.no_grad()
@@ -223,7 +226,8 @@ def _check_dtypes(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     inside = {id(p) for block in blocks for p in block.parameters()}
     rest = [p for p in model.parameters() if id(p) not in inside]
     for parameters in (*(list(block.parameters()) for block in blocks), rest):
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        # What is frozen below an adapter may be of another.
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.requires_grad})
         if len(dtypes) > 1:
             raise ValueError(
                 f"{type(model).__name__} holds {' and '.join(dtypes)} in one block: it cannot be sharded. Load it in "

@@ -1,0 +1,264 @@
+"""LoRA on a transformer, through PEFT; the only file that knows of it.
+
+    y = W x + b + alpha / rank * B A x          A [rank, in], B [out, rank]; W and b are frozen
+
+The order is that of ``assemble``: on meta, after HiF8 and before tokens and weights are shared. A new adapter is drawn
+whole on every process, from a seed, and each process keeps its own rows: so it is the same on any number of them.
+
+    names = put_adapter(model, NewAdapter(rank=32, alpha=64, targets=("self_attn.q",), seed=0))
+    with adapter_disabled(model), torch.no_grad():
+        reference = model(x, t, text)
+    write_adapter(adapter_of(model), "out/adapter")
+"""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ospnext.checkpoints.lora_files import Adapter, Pair, Size
+from ospnext.checkpoints.read import CheckpointError, list_names
+from ospnext.parallel.fsdp import shard_of, whole
+from ospnext.sections import LoraConfig
+
+DEFAULT = "default"  # PEFT's own name of an adapter
+_BASE = "base_layer"
+
+
+class NewAdapter(NamedTuple):
+    """An adapter that changes nothing yet: A is drawn, B is zero.
+
+    Attributes:
+        rank, alpha: of every linear.
+        targets: ends of the linears' names, such as ``self_attn.q``.
+        seed: of A.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, config: LoraConfig, seed: int) -> Self:
+        """What a configuration asks for."""
+        return cls(config.rank, config.alpha, config.target_modules, seed)
+
+    def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Size]:
+        """Rank and alpha by the names of the linears that are meant.
+
+        Raises:
+            CheckpointError: a target is no linear of the model.
+        """
+        found = {target: [n for n in shapes if n == target or n.endswith(f".{target}")] for target in self.targets}
+        if nowhere := [target for target, names in found.items() if not names]:
+            known = dict.fromkeys(name.split(".", 2)[2] for name in shapes if name.startswith("blocks."))
+            raise CheckpointError(
+                f"lora_config.target_modules: no linear of this model is called {list_names(nowhere)}; its blocks "
+                f"have {', '.join(known)}"
+            )
+        wanted = {name for names in found.values() for name in names}
+        return {name: Size(self.rank, self.alpha) for name in shapes if name in wanted}
+
+
+class WithAdapter(NamedTuple):
+    """An adapter to be put on a model, as the arguments of ``put_adapter`` and ``inject``."""
+
+    source: NewAdapter | Adapter
+    dtype: torch.dtype = torch.float32
+    name: str = DEFAULT
+    trained: bool = True
+
+
+# ── putting it on ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def put_adapter(
+    model: Any,
+    source: NewAdapter | Adapter,
+    dtype: torch.dtype = torch.float32,
+    name: str = DEFAULT,
+    trained: bool = True,
+) -> list[str]:
+    """Put an adapter on a model that holds its weights already, in place.
+
+    Args:
+        model: a transformer on its device, not sharded; ``inject`` and ``start`` are the two halves for one that is.
+        source: what the adapter is, or starts from.
+        dtype: of A and B.
+        name: of the adapter; a model may carry several.
+        trained: whether A and B need gradients. The model's own weights are frozen in any case.
+
+    Returns:
+        Names of the linears that have it.
+
+    Raises:
+        CheckpointError: it is no adapter of this model.
+    """
+    names = inject(model, source, dtype, name, trained)
+    for module_name in names:
+        layer = model.get_submodule(module_name)
+        for linear in _linears(layer, name):
+            linear.to_empty(device=layer.get_base_layer().weight.device)
+    start(model, source, name)
+    return names
+
+
+def inject(
+    model: Any,
+    source: NewAdapter | Adapter,
+    dtype: torch.dtype = torch.float32,
+    name: str = DEFAULT,
+    trained: bool = True,
+) -> list[str]:
+    """The first half of ``put_adapter``: A and B without numbers, on meta; arguments and errors as there."""
+    if isinstance(source, Adapter) and source.diffs:
+        raise CheckpointError(
+            f"{source.source}: holds {len(source.diffs)} differences beside A and B, such as "
+            f"{next(iter(source.diffs))}: merge it into the model instead (ospnext merge-lora)"
+        )
+    sizes = source.sizes(linear_shapes(model))
+    rank = Counter(size.rank for size in sizes.values()).most_common(1)[0][0]
+    alpha = Counter(size.alpha for size in sizes.values()).most_common(1)[0][0]
+    config = PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(sizes),
+        rank_pattern={n: size.rank for n, size in sizes.items() if size.rank != rank},
+        alpha_pattern={n: size.alpha for n, size in sizes.items() if size.alpha != alpha},
+    )
+    inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+    model._hf_peft_config_loaded = True  # what diffusers' own methods for adapters look at
+    for module_name in sizes:
+        for linear in _linears(model.get_submodule(module_name), name):
+            linear.to(dtype).requires_grad_(trained)
+    return list(sizes)
+
+
+@torch.no_grad()
+def start(model: nn.Module, source: NewAdapter | Adapter, name: str = DEFAULT) -> None:
+    """The second half of ``put_adapter``: give A and B their numbers; each process keeps its rows of a sharded model.
+
+    New ones are PEFT's: A uniform in ±1/√in (He et al. 2015, as torch initialises a linear), B zero.
+    """
+    for module_name, layer in _layers(model, name):
+        down, up = _linears(layer, name)
+        if isinstance(source, NewAdapter):
+            generator = torch.Generator().manual_seed(_seed_of(source.seed, module_name))
+            bound = 1 / math.sqrt(down.in_features)
+            _fill(down.weight, torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator))
+            shard_of(up.weight).values.zero_()
+        else:
+            pair = source.pairs[module_name]
+            _fill(down.weight, pair.down)
+            _fill(up.weight, pair.up)
+
+
+def adapter_of(model: nn.Module, name: str = DEFAULT, values: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter of a model, whole, in host memory. Where it is sharded all processes call this together.
+
+    Args:
+        model: one that carries it.
+        name: of the adapter.
+        values: take A and B from here instead, by the names of the model's parameters, such as their average.
+
+    Raises:
+        CheckpointError: the model carries no adapter of that name.
+    """
+    named = dict(model.named_parameters()) if values is None else values
+    pairs = {}
+    for module_name, layer in _layers(model, name):
+        down, up = (
+            whole(named[f"{module_name}.{part}.{name}.weight"].detach()).to("cpu", copy=True)
+            for part in ("lora_A", "lora_B")
+        )
+        pairs[module_name] = Pair(down, up, float(layer.lora_alpha[name]))
+    if not pairs:
+        raise CheckpointError(f"the model carries no adapter {name!r}")
+    return Adapter(pairs)
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters while the block runs: the base it was trained from, as RL's reference.
+
+    To be used under ``torch.no_grad``: blocks that are recomputed in a backward pass have their adapter again.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    # PEFT's own switch also freezes A and B, which FSDP2 has counted among what it trains.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+# ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of every linear of a transformer, by its name without adapters."""
+    others = set(adapter_names(model))
+    weights = ((n, p.shape) for n, p in model.named_parameters() if n not in others and n.endswith(".weight"))
+    return {base_name(n).removesuffix(".weight"): (s[0], s[1]) for n, s in weights if len(s) == 2}
+
+
+def base_name(name: str) -> str:
+    """A module's or parameter's name as it would be without adapters."""
+    return ".".join(part for part in name.split(".") if part != _BASE)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of all adapters, which no file of the model's holds."""
+    prefixes = tuple(f"{name}.{part}." for name, module in _lora_modules(model) for part in ("lora_A", "lora_B"))
+    return [name for name, _ in model.named_parameters() if prefixes and name.startswith(prefixes)]
+
+
+def describe_adapter(model: nn.Module, name: str = DEFAULT) -> str:
+    """An adapter in a line, for a report."""
+    layers = list(_layers(model, name))
+    ranks = sorted({layer.r[name] for _, layer in layers})
+    alphas = sorted({float(layer.lora_alpha[name]) for _, layer in layers})
+    numbers = sum(p.numel() for _, layer in layers for linear in _linears(layer, name) for p in linear.parameters())
+    return f"lora on {len(layers)} linears: rank {_range(ranks)}, alpha {_range(alphas)}, {numbers / 1e6:.2f}M numbers"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    """Every linear that has an adapter of that name, with the linear's own name."""
+    return ((module_name, layer) for module_name, layer in _lora_modules(model) if name in layer.lora_A)
+
+
+def _linears(layer: Any, name: str) -> tuple[Any, Any]:
+    """A and B as modules."""
+    return layer.lora_A[name], layer.lora_B[name]
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    rows, own = shard_of(parameter)
+    own.copy_(values if rows is None else values[rows])
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed of its own for each linear, whatever else has an adapter."""
+    words = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))

@@ -1,0 +1,347 @@
+"""LoRA files: an adapter, read from every style of key this field has and written in three of them.
+
+    adapter = read_adapter("out/lora-checkpoint-1000-ema")
+    write_adapter(adapter, "out/adapter")
+
+``lora_keys`` has the table of styles. Nothing here knows of a model: that an adapter fits one is found out when it is
+put on it (``lora``) or merged into it (``merge``).
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ospnext.checkpoints.lora_keys import (
+    ALPHA,
+    ALWAYS_WITH_ALPHA,
+    BIAS_DIFF,
+    DOWN,
+    UP,
+    WEIGHT_DIFF,
+    Keys,
+    read_keys,
+)
+from ospnext.checkpoints.read import CheckpointError, WeightFile, list_names, read_json
+from ospnext.checkpoints.save import let_others_read, new_folder
+
+WEIGHTS, TORCH_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+_FILES = (WEIGHTS, TORCH_WEIGHTS, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_METADATA = "lora_adapter_metadata"  # diffusers' name for PEFT's config in a file's header
+
+
+class Size(NamedTuple):
+    """Of the adapter of one linear."""
+
+    rank: int
+    alpha: float
+
+
+class Pair(NamedTuple):
+    """The adapter of one linear: ``alpha / rank * up @ down`` is added to its weight.
+
+    ``down`` is ``[rank, in]`` (A), ``up`` ``[out, rank]`` (B).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def size(self) -> Size:
+        """Rank and alpha."""
+        return Size(len(self.down), self.alpha)
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, float32 ``[out, in]``."""
+        return self.up.float() @ self.down.float() * (self.alpha / len(self.down))
+
+
+class Adapter(NamedTuple):
+    """A LoRA in host memory.
+
+    Attributes:
+        pairs: by the name of the transformer's linear.
+        diffs: what is added to other parameters, by their names: some files hold such beside.
+        source: where it comes from, for messages.
+        style: of the file, see ``lora_keys``.
+    """
+
+    pairs: Mapping[str, Pair]
+    diffs: Mapping[str, Tensor] = {}
+    source: str = "the adapter"
+    style: str = "peft"
+
+    def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Size]:
+        """Rank and alpha by linear, once it is sure that it is an adapter of these.
+
+        Args:
+            shapes: ``(out, in)`` of every linear of the model.
+
+        Raises:
+            CheckpointError: it is for another model; names what does not fit.
+        """
+        foreign = [name for name in self.pairs if name not in shapes]
+        wrong = [
+            f"{name} {[len(pair.up), pair.down.shape[1]]} for {list(shapes[name])}"
+            for name, pair in self.pairs.items()
+            if name in shapes and (len(pair.up), pair.down.shape[1]) != shapes[name]
+        ]
+        kinds = (("for linears it does not have", foreign), ("of another shape", wrong))
+        problems = [f"{len(names)} {kind}: {list_names(names, 5)}" for kind, names in kinds if names]
+        if problems:
+            raise CheckpointError(
+                f"{self.source}: no adapter of this model; {'; '.join(problems)}; name the model it was trained on"
+            )
+        return {name: pair.size for name, pair in self.pairs.items()}
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+    """An adapter from PEFT's, diffusers', ComfyUI's, kohya's (musubi-tuner's), DiffSynth's or LightX2V's files.
+
+    Args:
+        path: a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, or a folder that holds one. An
+            ``adapter_config.json`` beside it is read.
+        alpha: of linears of which no file says it. By custom it is the rank, but in PEFT's and kohya's files it is
+            never left out.
+
+    Raises:
+        CheckpointError: no LoRA, keys that name no part of this family of transformers, parts that do not fit each
+            other, or an alpha that is missing.
+    """
+    file = find_adapter(Path(path))
+    config = _config_of(file)
+    weights = WeightFile(file)
+    # The names as they are in the file: what they begin with tells the style.
+    prefix = weights.prefix
+    try:
+        keys = read_keys(prefix + name for name in weights.tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if not keys.parts:
+        raise CheckpointError(
+            f"{file}: no LoRA: none of its {len(weights.tensors)} keys is one's"
+            + (f", such as {list_names(keys.foreign, 2)}" if keys.foreign else "")
+        )
+    if keys.foreign:
+        raise CheckpointError(
+            f"{file}: {len(keys.foreign)} of {len(weights.tensors)} keys name nothing this model has: "
+            f"{list_names(keys.foreign)}; it is an adapter of another model, or of more than the transformer"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    with weights.opened() as read:
+        for key, part in keys.parts.items():
+            if part.part in (parts := found.setdefault(part.module, {})):
+                raise CheckpointError(f"{file}: {key} is there twice: it holds several adapters, give one at a time")
+            parts[part.part] = read(key.removeprefix(prefix)).clone()
+    return _put_together(file, found, keys, config, alpha)
+
+
+def find_adapter(path: Path) -> Path:
+    """The weight file of an adapter: ``path`` itself, or in that folder.
+
+    Raises:
+        CheckpointError: there is none, or nobody can tell which.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder")
+    for name in _FILES:
+        if (path / name).is_file():
+            return path / name
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    names = list_names([p.name for p in others or sorted(path.iterdir())], 5) or "nothing"
+    raise CheckpointError(f"{path}: no {WEIGHTS} in it, but {names}: name the adapter's file")
+
+
+def _put_together(
+    file: Path, found: Mapping[str, Mapping[str, Tensor]], keys: Keys, config: Mapping[str, Any], alpha: float | None
+) -> Adapter:
+    pairs: dict[str, Pair] = {}
+    diffs: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for module, parts in found.items():
+        for part, leaf in ((WEIGHT_DIFF, "weight"), (BIAS_DIFF, "bias")):
+            if part in parts:
+                diffs[f"{module}.{leaf}"] = _numbers(file, module, parts[part])
+        if not {DOWN, UP, ALPHA} & parts.keys():
+            continue
+        if not {DOWN, UP} <= parts.keys():
+            raise CheckpointError(f"{file}: {module} has {' and '.join(sorted(parts))} only: A and B belong together")
+        down, up = (_numbers(file, module, parts[part]) for part in (DOWN, UP))
+        if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1] or not len(down):
+            raise CheckpointError(
+                f"{file}: A and B of {module} are {list(down.shape)} and {list(up.shape)}: they do not make a "
+                "product; the file is damaged"
+            )
+        own = _alpha_of(file, module, len(down), parts, config, alpha)
+        if own is None:
+            unknown.append(module)
+        pairs[module] = Pair(down, up, float(len(down)) if own is None else own)
+    if unknown and (keys.style in ALWAYS_WITH_ALPHA or len(unknown) < len(pairs)):
+        raise CheckpointError(
+            f"{file}: no alpha for {len(unknown)} of {len(pairs)} linears, such as {unknown[0]}: put its {CONFIG} "
+            "beside it, or say alpha=N (rank, if the trainer had none)"
+        )
+    return Adapter(pairs, diffs, str(file), keys.style)
+
+
+def _alpha_of(
+    file: Path, module: str, rank: int, parts: Mapping[str, Tensor], config: Mapping[str, Any], default: float | None
+) -> float | None:
+    """Alpha of a linear: the file's own, that of its config, or ``default``.
+
+    Raises:
+        CheckpointError: the config is of another rank, or alpha is no number above zero.
+    """
+    alpha = default
+    if ALPHA in parts:
+        if parts[ALPHA].numel() != 1:
+            raise CheckpointError(f"{file}: alpha of {module} is no single number, but {list(parts[ALPHA].shape)}")
+        alpha = float(parts[ALPHA])
+    elif "lora_alpha" in config:
+        said = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+        if said != rank:
+            raise CheckpointError(f"{file}: A of {module} has rank {rank}, but r is {said} in its config")
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if not isinstance(alpha, int | float):
+            raise CheckpointError(f"{file}: lora_alpha is {alpha!r} in its config: it should be a number")
+        alpha = float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1)
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise CheckpointError(f"{file}: alpha of {module} is {alpha:g}: it should be above zero")
+    return alpha
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that a name ends with."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"^(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _config_of(file: Path) -> dict[str, Any]:
+    """PEFT's config of an adapter: the file beside it, else what its header says; empty where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another method than LoRA.
+    """
+    place = file.with_name(CONFIG)
+    if place.is_file():
+        config = read_json(place)
+    else:
+        config, place = _header_config(file), file
+    if (method := config.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{place}: peft_type is {method}: only LORA is supported")
+    for key in ("use_dora", "modules_to_save", "layers_pattern", "trainable_token_indices", "lora_bias"):
+        if config.get(key):
+            raise CheckpointError(f"{place}: {key} is {config[key]!r}, which is not supported: merge it with PEFT")
+    return config
+
+
+def _header_config(file: Path) -> dict[str, Any]:
+    if file.suffix != ".safetensors":
+        return {}
+    _ = WeightFile(file).tensors  # refuses what is no safetensors file in our words
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    if text is None:
+        return {}
+    try:
+        said = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {_METADATA} in its header is not valid JSON ({error})") from error
+    return {key.removeprefix("transformer."): value for key, value in said.items()} if isinstance(said, dict) else {}
+
+
+def _numbers(file: Path, module: str, tensor: Tensor) -> Tensor:
+    """A tensor in plain floating point.
+
+    Raises:
+        CheckpointError: whole numbers, NaN or infinity.
+    """
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{file}: {module} holds {tensor.dtype}: an adapter is of floating point")
+    plain = tensor.float() if tensor.dtype.itemsize < 2 else tensor
+    if not plain.isfinite().all():
+        raise CheckpointError(f"{file}: {module} holds NaN or infinity: damaged, or its training diverged")
+    return plain
+
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_adapter(adapter: Adapter, folder: str | Path, base: str | None = None, torch_file: bool = False) -> None:
+    """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``, whole or not at all.
+
+    Args:
+        adapter: what to write.
+        folder: to make; what is there already is replaced.
+        base: the model it belongs to, as a remark in its config.
+        torch_file: also write ``adapter_model.bin`` under OSP-Next's names, for its tools.
+
+    Raises:
+        CheckpointError: the adapter holds what this style cannot.
+        OSError: it cannot be written.
+    """
+    with new_folder(Path(folder).absolute()) as draft:
+        write_into(adapter, draft, base, torch_file)
+
+
+def write_into(adapter: Adapter, folder: Path, base: str | None = None, torch_file: bool = False) -> None:
+    """``write_adapter`` into a folder that is there, which the caller makes whole."""
+    if adapter.diffs:
+        raise CheckpointError(
+            f"{adapter.source}: holds {len(adapter.diffs)} differences beside A and B, such as "
+            f"{next(iter(adapter.diffs))}: PEFT has none, merge it instead (ospnext merge-lora)"
+        )
+    save_file(_named(adapter, "base_model.model.{}.lora_{}.weight"), folder / WEIGHTS, metadata={"format": "pt"})
+    let_others_read(folder / WEIGHTS)
+    if torch_file:
+        torch.save(_named(adapter, "base_model.model.{}.lora_{}.default.weight"), folder / TORCH_WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(peft_config(adapter, base), indent=2) + "\n", encoding="utf-8")
+
+
+def peft_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """What ``peft.LoraConfig`` is made of again."""
+    sizes = {name: pair.size for name, pair in adapter.pairs.items()}
+    rank = Counter(size.rank for size in sizes.values()).most_common(1)[0][0]
+    alpha = Counter(size.alpha for size in sizes.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {name: size.rank for name, size in sizes.items() if size.rank != rank},
+        "alpha_pattern": {name: _plain(size.alpha) for name, size in sizes.items() if size.alpha != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(sizes),  # whole names: ends of names would also mean what has no adapter
+    }
+
+
+def _named(adapter: Adapter, pattern: str) -> dict[str, Tensor]:
+    """A and B of every linear under the names of a style."""
+    named: dict[str, Tensor] = {}
+    for name, pair in adapter.pairs.items():
+        named |= {pattern.format(name, "A"): pair.down.contiguous(), pattern.format(name, "B"): pair.up.contiguous()}
+    return named
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,108 @@
+"""Adapters on two processes: what one device makes of them, with HiF8, checkpointing and compilation, too."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lora_cases as cases
+import pytest
+import torch
+from lora_cases import Case
+from processes import Processes
+from sequence_cases import Setting, compare
+
+from ospnext.checkpoints.lora import adapter_of, put_adapter
+from ospnext.checkpoints.lora_files import Adapter, Pair, write_adapter
+from ospnext.checkpoints.save import save_transformer
+from ospnext.parallel.mesh import Sizes
+
+Group = Callable[[int], Processes]
+
+ODD = Setting((2, 5, 7), 2, 3)
+EVEN = Setting((2, 6, 8), 2, 4, dense_ends=False)
+SSP, DP = Sizes(1, 1, 2, 1), Sizes(2, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in files."""
+    folder = tmp_path_factory.mktemp("base") / "osp"
+    save_transformer(ODD.model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of it that changes something."""
+    return save_adapter(ODD, tmp_path_factory.mktemp("adapter") / "lora")
+
+
+def save_adapter(setting: Setting, folder: Path) -> Path:
+    """A random adapter for a setting's model."""
+    model = setting.model()
+    put_adapter(model, cases.NEW)
+    generator = torch.Generator().manual_seed(5)
+    pairs = {
+        name: Pair(pair.down, torch.randn(pair.up.shape, generator=generator) * 0.3, pair.alpha)
+        for name, pair in adapter_of(model).pairs.items()
+    }
+    write_adapter(Adapter(pairs), folder)
+    return folder
+
+
+@pytest.mark.parametrize(("sizes", "checkpointing"), [(SSP, False), (DP, True)], ids=["ssp", "dp, checkpointed"])
+def test_gradients_are_those_of_one_device(
+    sizes: Sizes, checkpointing: bool, base: Path, adapter: Path, processes: Group
+) -> None:
+    alone = Case(ODD, base)
+    expected = cases.gradients(0, alone, adapter)
+    many = alone._replace(sizes=sizes, checkpointing=checkpointing)
+    results = processes(2).run(cases.gradients, many, adapter)
+    if sizes.dp > 1:
+        for result in results[1:]:
+            results[0]["output"] = torch.cat([results[0]["output"], result["output"]])
+    compare(results[0], expected, str(many), 1e-9)
+    assert any(value.abs().max() > 1e-3 for name, value in expected.items() if "lora_A" in name)
+
+
+@pytest.mark.long
+def test_compiled_and_checkpointed_blocks_have_the_same_gradients(base: Path, adapter: Path, processes: Group) -> None:
+    alone = Case(ODD, base, dtype=torch.float32)
+    expected = cases.gradients(0, alone, adapter)
+    many = alone._replace(sizes=SSP, checkpointing=True, backend="aot_eager")
+    compare(processes(2).run(cases.gradients, many, adapter)[0], expected, str(many), 1e-5)
+
+
+def test_hif8_below_an_adapter(tmp_path: Path, processes: Group) -> None:
+    save_transformer(EVEN.model(), tmp_path / "base")
+    adapter = save_adapter(EVEN, tmp_path / "lora")
+    alone = Case(EVEN, tmp_path / "base", dtype=torch.float32, quant=(("quant", "hif8"), ("quant_attn", "hif8")))
+    expected = cases.gradients(0, alone, adapter)
+    plain = cases.gradients(0, alone._replace(quant=()), adapter)
+    ours = processes(2).run(cases.gradients, alone._replace(sizes=SSP), adapter)[0]
+    assert (expected["output"] - plain["output"]).norm() > 0.01 * plain["output"].norm()  # it does round
+    for name, value in expected.items():
+        # As without adapters: a number that falls on the other side of a midpoint costs a small tensor something.
+        assert (ours[name] - value).norm() < 0.01 * value.norm(), name
+
+
+def test_bfloat16_weights_below_a_float32_adapter(base: Path, adapter: Path, processes: Group) -> None:
+    case = Case(ODD, base, SSP, dtype=torch.bfloat16, param_dtype=torch.bfloat16)
+    found = processes(2).run(cases.gradients, case, adapter)[0]
+    exact = cases.gradients(0, Case(ODD, base, dtype=torch.float32), adapter)
+    for name, value in found.items():
+        if name != "output":
+            assert value.dtype == torch.float32, name
+            assert (value - exact[name]).norm() < 0.1 * exact[name].norm(), name
+
+
+def test_a_new_adapter_is_the_same_on_any_number(base: Path, processes: Group) -> None:
+    alone = Case(ODD, base)
+    expected = cases.started(0, alone)
+    for result in processes(2).run(cases.started, alone._replace(sizes=SSP)):
+        assert result.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in result.items())
+    assert len({float(value.sum()) for name, value in expected.items() if name.endswith("down")}) == len(expected) / 2
+
+
+def test_disabled_it_is_the_base(base: Path, adapter: Path, processes: Group) -> None:
+    processes(2).run(cases.check_disabled, Case(ODD, base, SSP, dtype=torch.float32), adapter)
