@@ -11,13 +11,14 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
+
+if TYPE_CHECKING:  # PyAV is imported when a file is read or written: what only computes does without it
+    import av
 
 Frames = np.ndarray | torch.Tensor
 
@@ -63,7 +64,11 @@ def write_video(path: str | Path, frames: Frames, fps: float = 16, crf: int = 18
 class VideoWriter:
     """An open mp4 that takes one frame at a time; made by ``video_writer``."""
 
-    def __init__(self, container: av.container.OutputContainer, height: int, width: int, fps: float, crf: int) -> None:
+    def __init__(
+        self, container: "av.container.OutputContainer", height: int, width: int, fps: float, crf: int
+    ) -> None:
+        from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
         self._container = container
         self._padding = ((0, height % 2), (0, width % 2), (0, 0))
         self._stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60_000))
@@ -76,6 +81,9 @@ class VideoWriter:
 
     def add(self, frame: np.ndarray) -> None:
         """Append one frame uint8 [H, W, 3]."""
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
         picture = av.VideoFrame.from_ndarray(np.pad(frame, self._padding, mode="edge"), format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
         self._container.mux(self._stream.encode(picture))
@@ -92,6 +100,8 @@ def video_writer(path: str | Path, height: int, width: int, fps: float = 16, crf
     Raises:
         OSError: the file cannot be written.
     """
+    import av
+
     with (
         _appearing(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container,
@@ -102,7 +112,13 @@ def video_writer(path: str | Path, height: int, width: int, fps: float = 16, crf
 
 
 def video_grid(
-    paths: Sequence[str | Path], out: str | Path, fps: float = 16, *, limit: int = 64, longest_side: int = 3840
+    paths: Sequence[str | Path],
+    out: str | Path,
+    fps: float = 16,
+    *,
+    limit: int = 64,
+    longest_side: int = 3840,
+    columns: int | None = None,
 ) -> None:
     """Tile videos into one, a pixel apart, in rows from the top left. One frame of each is in memory at a time.
 
@@ -112,15 +128,19 @@ def video_grid(
         fps: of the result; every frame of a clip is shown, whatever its own rate.
         limit: the most tiles.
         longest_side: of the result in pixels; the tiles are scaled down to it together.
+        columns: None for about as many as rows.
 
     Raises:
         ValueError: there is no video, or one cannot be decoded.
         OSError: one is not there, or the result cannot be written.
     """
+    from av.video.reformatter import VideoReformatter
+
     if not paths:
         raise ValueError("a grid needs at least one video")
-    rows = math.ceil(math.sqrt(min(len(paths), limit)))
-    columns = math.ceil(min(len(paths), limit) / rows)
+    shown = min(len(paths), limit)
+    columns = columns or math.ceil(shown / math.ceil(math.sqrt(shown)))
+    rows = math.ceil(shown / columns)
     with ExitStack() as stack:
         containers = [stack.enter_context(_opened(path)) for path in paths[:limit]]
         for container in containers:  # of their own accord decoders start a thread for every core, each
@@ -177,8 +197,10 @@ def _appearing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: str | Path) -> Iterator["av.container.InputContainer"]:
     """The container at ``path``, with what FFmpeg says about a broken one as a ValueError."""
+    import av
+
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
@@ -188,7 +210,7 @@ def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
         raise ValueError(f"{path} is not a readable video ({error.strerror}): is the file complete?") from error
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
+def _rgb(frame: "av.VideoFrame") -> np.ndarray:
     return frame.to_ndarray(format="rgb24")
 
 

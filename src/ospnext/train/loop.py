@@ -131,7 +131,7 @@ def fit(
     deadline = time.monotonic() + 60 * (settings.time_budget_minutes or float("inf"))
     writer = StateWriter(settings.output_dir, settings.keep)
     log = Log(settings.output_dir, around.launch, around.trackers(state), around.meter, device, state.step)
-    with _finishing(writer, around.launch), _termination() as asked, _progress(around.launch.first) as bar:
+    with finishing(writer, around.launch), termination() as asked, progress_bar(around.launch.first) as bar:
         task = bar.add_task("training", total=settings.iterations, completed=state.step)
         while state.step < settings.iterations:
             if any_of(around.launch, asked.is_set() or time.monotonic() >= deadline):
@@ -169,12 +169,12 @@ def _step(state: TrainState, losses: Callable, settings: LoopSettings, device: t
         (parts["loss"] / settings.accumulation_steps).backward()
         for name, value in parts.items():
             total[name] = total.get(name, 0) + value.detach() / settings.accumulation_steps
-    _apply(state, settings, total)
+    take_step(state, settings, total)
     state.step += 1
     return total
 
 
-def _apply(state: TrainState, settings: LoopSettings, total: dict[str, torch.Tensor]) -> None:
+def take_step(state: TrainState, settings: LoopSettings, total: dict[str, torch.Tensor]) -> None:
     """Clip and take the step, or leave it out."""
     parameters = list(state.average.live.values())
     norm = gradient_norm(parameters)
@@ -196,7 +196,7 @@ def _apply(state: TrainState, settings: LoopSettings, total: dict[str, torch.Ten
 
 
 @contextmanager
-def _finishing(writer: StateWriter, launch: Launch) -> Iterator[None]:
+def finishing(writer: StateWriter, launch: Launch) -> Iterator[None]:
     """Let the state that is being written when something goes wrong be written to its end.
 
     Among many processes only where all fail alike: the others may be anywhere, and would be waited for.
@@ -211,7 +211,7 @@ def _finishing(writer: StateWriter, launch: Launch) -> Iterator[None]:
 
 
 @contextmanager
-def _termination() -> Iterator[threading.Event]:
+def termination() -> Iterator[threading.Event]:
     """An event that SIGTERM sets; where signals cannot be had (not the main thread) it stays unset."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -224,7 +224,8 @@ def _termination() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _progress(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
+    """A bar of steps that nobody sees unless ``shown``."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown)
 
