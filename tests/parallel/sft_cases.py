@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 from ospnext.config import load_config
 from ospnext.config_keys import key_rules
 from ospnext.models.text import small_text_encoder
+from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import newest, read
 from ospnext.train.settings import TrainConfig
@@ -55,6 +56,16 @@ def save_encoders(folder: Path) -> dict[str, str]:
         "vae_config.vae_path": str(folder / "vae"),
         "text_encoder_config.checkpoint_path": str(folder / "text_encoder"),
     }
+
+
+def save_dense(folder: Path) -> Path:
+    """A random transformer of these sizes whose blocks are all dense."""
+    torch.manual_seed(1)
+    sizes = {k.partition(".")[2]: v for k, v in SETTINGS.items() if k.startswith("model_config.")}
+    model = OSPNextTransformer3DModel(**sizes | {"skiparse_model_type": "full", "num_full_blocks": 0})
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
 
 
 def config_of(values: dict[str, Any]) -> TrainConfig:

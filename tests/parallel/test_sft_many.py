@@ -81,6 +81,23 @@ def test_the_run_is_that_of_one_process(
         torch.testing.assert_close(p.detach(), average[name], atol=2e-5, rtol=2e-4)
 
 
+def test_dense_becomes_sparse_on_two_processes_as_on_one(processes: Group, paths: Any, tmp_path: Path) -> None:
+    dense = cases.save_dense(tmp_path / "dense")
+    values = paths | {
+        "model_config.pretrained_model_dir_or_checkpoint": dense,
+        "convert_layouts": True,
+        "distillation_config.weight": 0.5,
+        "training_iteration": 2,
+    }
+    assert cases.train(0, 1, values | {"output_dir": tmp_path / "one"}) == ""
+    shared = batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "reshard_after_forward": False}
+    values |= shared | {"output_dir": tmp_path / "two"}
+    assert set(processes(2).run(cases.train, 2, values, seconds=PATIENCE)) == {""}
+    found, expected = cases.outcome(tmp_path / "two"), cases.outcome(tmp_path / "one")
+    assert all("loss_distillation" in line for line in expected[1])
+    hold(found, expected)
+
+
 @pytest.mark.long
 def test_a_run_goes_on_on_other_numbers_of_processes(
     processes: Group, paths: Any, expected: Any, tmp_path: Path

@@ -9,7 +9,7 @@ from ospnext.cli import COMMANDS
 from ospnext.config import config_keys, load_config, read_yaml, refuse_placeholders
 
 FOLDER = Path(__file__).parents[2] / "configs/shapes"
-COMMAND_OF = {"vae": "train-vae", "text": "train-text", "transformer": "train"}
+COMMAND_OF = {"vae": "train-vae", "text": "train-text", "transformer": "train", "dense_to_sparse": "train"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

@@ -46,6 +46,8 @@ from ospnext.quant.settings import recipe
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+SPARSE = ("skiparse_model_type", "sparse_ratio", "num_full_blocks", "skiparse_pattern")
+"""Settings that say which layouts the blocks are in, and nothing about weights."""
 
 
 Shard = Callable[[Any], object]
@@ -70,6 +72,7 @@ def load_transformer(
     quant: Mapping[str, Any] | None = None,
     trainable: bool = False,
     adapters: Sequence[WithAdapter] = (),
+    relayout: bool = False,
     **overrides: Any,
 ) -> OSPNextTransformer3DModel:
     """The transformer from a release folder of OSP-Next, Wan2.1's or diffusers' folder, our own, or a flat file.
@@ -84,6 +87,8 @@ def load_transformer(
         quant: keys of ``quant.settings.QuantKeys``; they win over what the folder's config.json says.
         trainable: hold weights that are stored in 8 bits in plain numbers, as they also are where processes share them.
         adapters: LoRAs to put on; the weights themselves are frozen then.
+        relayout: let the sparse settings among ``overrides`` win over the folder's: the weights are then to be trained
+            for other layouts than they know.
         **overrides: constructor arguments. For a file they say what its shapes do not (``num_heads``, the sparse
             settings); for a folder they may only add what its config.json leaves open, such as sparse settings for
             Wan2.1's weights. Weights for which nobody names sparse settings run dense.
@@ -92,7 +97,7 @@ def load_transformer(
         CheckpointError: unreadable files, names or shapes that differ, settings that contradict each other.
         OutOfMemoryError: the weights do not fit on the device.
     """
-    settings, weights, name_of = open_transformer(path, **overrides)
+    settings, weights, name_of = open_transformer(path, relayout, **overrides)
     said = said_of(weights.source)
     config = recipe(said | dict(quant or {}), torch.device(device))
     with sound_settings(weights.source), torch.device("meta"):
@@ -126,7 +131,7 @@ def load_transformer(
     return model.eval()
 
 
-def open_transformer(path: str | Path, **overrides: Any) -> TransformerFiles:
+def open_transformer(path: str | Path, relayout: bool = False, **overrides: Any) -> TransformerFiles:
     """Settings and weights of a transformer checkpoint, without reading a tensor; arguments as ``load_transformer``."""
     unknown = sorted(overrides.keys() - DEFAULTS.keys())
     if unknown:
@@ -136,10 +141,11 @@ def open_transformer(path: str | Path, **overrides: Any) -> TransformerFiles:
     image = [name for name in weights.tensors if is_image_weight(name)]
     if image:
         raise CheckpointError(f"{place}: image-to-video weights ({image[0]} ...): only text-to-video is supported")
+    fixed = {key: value for key, value in overrides.items() if not (relayout and key in SPARSE)}
     if place.is_dir():
         family, said = _folder_settings(place)
         name_of = name_map(family)
-        _agree(said, f"{place}/config.json", overrides)
+        _agree(said, f"{place}/config.json", fixed)
     else:
         name_of = name_map("diffusers" if "proj_out.weight" in weights.tensors else "osp")
         said = {}

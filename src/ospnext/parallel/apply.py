@@ -108,10 +108,12 @@ def apply_sequence_parallel(model: Any, mesh: Mesh, overlap: bool = False) -> No
         overlap: as in ``Options``.
 
     Raises:
-        ValueError: ``ssp`` does not divide the attention segments of the model.
+        ValueError: ``ssp`` does not divide the attention segments of the model. A dense one fits any: it has none that
+            would have to be whole on a process.
     """
     assert not isinstance(model.switch, ShardedSwitch), "the model's tokens are shared already"
-    check_segments(mesh.sizes, segment_count(model.layouts, model.config.sparse_ratio))
+    if (segments := segment_count(model.layouts, model.config.sparse_ratio)) > 1:
+        check_segments(mesh.sizes, segments)
     if mesh.sizes.ssp * mesh.sizes.ulysses == 1:
         return
     model.switch = ShardedSwitch(mesh.sharing, overlap)

@@ -105,6 +105,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
         "text encoder": nbytes(recipe.text_encoder) * (5 if recipe.train_text else 1),
         "autoencoder": nbytes(recipe.vae),
     }
+    if recipe.teacher:
+        state["teacher"] = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
     half = recipe.dtype is not torch.float32
     if mesh.fsdp > 1:
         gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0])

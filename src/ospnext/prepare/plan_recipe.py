@@ -67,6 +67,7 @@ class Recipe:
         train_text: the text encoder is trained along.
         tiling: ``vae_tiling`` of generate.
         checkpointing, accumulation: of training.
+        teacher: whether a frozen teacher, taken to be of the same size, stands beside what is trained.
         assumed: what nobody said and was taken for granted.
     """
 
@@ -89,6 +90,7 @@ class Recipe:
     tiling: str
     checkpointing: bool
     accumulation: int
+    teacher: bool
     assumed: tuple[str, ...]
 
     @property
@@ -162,6 +164,7 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         tiling=generate.vae_tiling if generate else "auto",
         checkpointing=train is not None and train.gradient_checkpointing,
         accumulation=train.gradient_accumulation_steps if train else 1,
+        teacher=train is not None and train.distillation_config.weight > 0,
         assumed=tuple(assumed),
     )
 
@@ -213,7 +216,7 @@ def _transformer_settings(config: RunConfig, home: Path | None, assumed: list[st
     if home is not None:
         place = find_transformer(home)
         if place.is_file():
-            return open_transformer(place, **given).settings
+            return open_transformer(place, isinstance(config, TrainConfig) and config.convert_layouts, **given).settings
         _, said = read_settings(read_json(place / "config.json"))
         return DEFAULTS | said | given
     weights = config.transformer_config.pretrained_model_dir_or_checkpoint or ""

@@ -348,7 +348,7 @@ def trained_as(config: TrainConfig, execution: str | None = None) -> dict[str, A
     quant = quant_keys(config.transformer_config)
     if execution is not None:
         quant["quant_execution"] = execution
-    return {"trainable": True, "quant": quant, **config.architecture()}
+    return {"trainable": True, "relayout": config.convert_layouts, "quant": quant, **config.architecture()}
 
 
 def constructor_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,25 @@ class OptimizerConfig(Config):
     eps: float = Field(default=1e-15, gt=0, description="added to the root of the second moment")
 
 
+class DistillationConfig(Config):
+    """Learning from another model's velocities beside, or instead of, the data's."""
+
+    weight: float = Field(
+        default=0.0, ge=0, le=1, description="share of the loss that is the distance to the teacher's velocity; 0: off"
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="weights of the frozen teacher, a folder or file; default: those that training starts from, in "
+        "the layouts they know",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.teacher is not None and self.weight == 0:
+            raise ValueError("distillation_config.teacher is named, but weight is 0: give a weight up to 1")
+        return self
+
+
 class TrackerConfig(Config):
     """The run in wandb; it is on where a project is named and the package is there."""
 
@@ -84,6 +103,11 @@ class TrainConfig(RunConfig):
     model: str | None = Field(
         default=None, description="train this pipeline folder, or 'shapes' (embedded), further; default: the sections"
     )
+    convert_layouts: bool = Field(
+        default=False,
+        description="sparse settings of model_config win over those of the weights: so dense weights become sparse",
+    )
+    distillation_config: DistillationConfig = DistillationConfig()
     training_iteration: int = Field(default=1_000_000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(
         default=None, gt=0, description="save and stop after it; start again to go on"
@@ -132,6 +156,11 @@ class TrainConfig(RunConfig):
             )
         if data != "shapes" and self.train_text_encoder:
             raise ValueError(f"train_text_encoder is for rendered shapes, but data_config.dataset_name is {data}")
+        if self.distillation_config.weight and self.train_text_encoder:
+            raise ValueError(
+                "distillation_config.weight is above 0: the teacher knows its text encoder as it is, so "
+                "train_text_encoder must be off"
+            )
         if clip.train_fps is None and clip.sample_stride is None:
             raise ValueError("train_fps and sample_stride are both empty: give one")
         if self.weight_dtype in ("fp16", "float16"):

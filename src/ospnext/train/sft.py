@@ -26,6 +26,7 @@ from ospnext.ops.attention import describe_kernel
 from ospnext.parallel.apply import describe
 from ospnext.parallel.launch import Launch, agree
 from ospnext.quant.apply import describe as describe_eight_bits
+from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.export import export_pipeline
 from ospnext.train.feed import Fed, Feed
 from ospnext.train.flops import peak_flops, training_flops
@@ -53,14 +54,16 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
     launch = launch or Launch()
     torch.use_deterministic_algorithms(config.deterministic_training)
     job = agree(launch, lambda: settle(config, launch))
+    agree(launch, lambda: check_teacher(config, job))
     names, said = agree(launch, lambda: tracker_names(config))
     with ExitStack() as folder:
         agree(launch, lambda: open_folder(folder, config) if launch.first else None)
         crew = arrange(config, job)
         parts = agree(launch, lambda: build(config, job, crew))
+        teacher = agree(launch, lambda: build_teacher(config, job, crew))
         feed = agree(launch, lambda: open_feed(config, job, parts, crew))
         if launch.first:
-            report(config, job, parts, [*job.notices, *said])
+            report(config, job, parts, [*job.notices, *said, *([] if teacher is None else [str(teacher)])])
         meter = Meter(peak_flops(job.device, resolve_dtype(config.weight_dtype)))
         around = Surroundings(
             launch,
@@ -70,7 +73,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
             folder.enter_context(profiled(config, launch)),
             about(config, parts),
         )
-        losses = make_losses(config, job, parts, feed, meter)
+        losses = make_losses(config, job, parts, feed, meter, teacher)
         state = fit(trained(config, parts), losses, loop_settings(config, crew.mesh is None), job.device, around)
         if not state.terminated and launch.first:
             finish(config)
@@ -113,7 +116,7 @@ def json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_losses(
-    config: TrainConfig, job: Job, parts: Components, feed: Feed, meter: Meter
+    config: TrainConfig, job: Job, parts: Components, feed: Feed, meter: Meter, teacher: Teacher | None = None
 ) -> Callable[[torch.Generator, int], Losses]:
     """The losses of one micro-batch, for ``loop.fit``."""
     shared = job.sizes.sizes.ssp * job.sizes.sizes.ulysses
@@ -122,8 +125,10 @@ def make_losses(
     def losses(generator: torch.Generator, step: int) -> Losses:
         fed = feed.take()
         tokens, flops = training_flops(job.transformer, layouts, fed.latents.shape[1:], job.transformer["text_len"])
+        flops += 0 if teacher is None else teacher.flops(fed.latents.shape[1:])
         meter.add(len(fed.latents) * tokens / shared, len(fed.latents) * flops / shared)
-        return velocity_loss(parts.transformer, fed, embed(config, job, parts, fed.text), config.scheduler_config)
+        text = embed(config, job, parts, fed.text)
+        return velocity_loss(parts.transformer, fed, text, config.scheduler_config, teacher)
 
     return losses
 
@@ -138,14 +143,25 @@ def embed(config: TrainConfig, job: Job, parts: Components, text: torch.Tensor) 
         return encode_tokens(parts.text_encoder, text, text != job.tokenizer.pad_token_id)
 
 
-def velocity_loss(transformer: torch.nn.Module, fed: Fed, text: torch.Tensor, noise: NoiseConfig) -> Losses:
+def velocity_loss(
+    transformer: torch.nn.Module, fed: Fed, text: torch.Tensor, noise: NoiseConfig, teacher: Teacher | None = None
+) -> Losses:
     """Mean squared error of the velocity at random points of the path from noise to latents.
+
+    With a teacher the loss is (1 - w) |v - (ε - x_0)|² + w |v - v_teacher|², w its weight, all at the same x_t, σ and
+    text; the two are in ``loss_flow`` and ``loss_distillation``.
 
     Beside ``loss`` there is one for each quarter of the noise levels, as a pair (sum, count).
     """
     x_t, velocity, sigma = add_noise(fed.latents, fed.seeds, noise)
     predicted = transformer(x_t, TIMESTEPS * sigma, text, return_dict=False)[0]
     losses: dict[str, torch.Tensor] = {"loss": F.mse_loss(predicted, velocity)}
+    if teacher is not None:
+        losses |= {
+            "loss_flow": losses["loss"],
+            "loss_distillation": F.mse_loss(predicted, teacher(x_t, TIMESTEPS * sigma, text)),
+        }
+        losses["loss"] = torch.lerp(losses["loss_flow"], losses["loss_distillation"], teacher.weight)
     each = (predicted.detach() - velocity).square().flatten(1).mean(1)
     for level in range(LEVELS):
         here = ((sigma * LEVELS).ceil().clamp(1, LEVELS) == level + 1).to(each.dtype)
