@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import ByT5Tokenizer
 
+from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.generate.sampler import make_scheduler
+from ospnext.models.text import small_text_encoder
+from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid, Layout
+from ospnext.train.video_vae import VAEArchitecture
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ("--model", "tiny", "--size", "tiny", "--device", "cpu")
@@ -229,3 +235,45 @@ def test_padded_tokens_come_back_where_they_were(module: Any, grid: Grid) -> Non
 )
 def test_kernels_are_told_apart_by_name(module: Any, kernel: str, kind: str) -> None:
     assert module("measure").kind_of(kernel) == kind
+
+
+def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "ffn_dim": 64, "freq_dim": 16, "text_dim": 32, "text_len": 128, "num_heads": 2, "num_layers": 4}
+    OSPNextPipeline(
+        OSPNextTransformer3DModel(**sizes),
+        VAEArchitecture(base_dim=8, dim_mult=(1, 1, 1)).build(),
+        small_text_encoder(32, len(ByT5Tokenizer())),
+        ByT5Tokenizer(),
+        make_scheduler("euler", 3.0),
+        negative_prompt="",
+    ).save_pretrained(tmp_path / "start")
+    clip = "data_config.dataset_config"
+    changed = [f"{clip}.sample_height=64", f"{clip}.sample_width=64", f"{clip}.sample_num_frames=5"]
+    changed += [
+        f"{clip}.num_clips=4",
+        "data_config.batch_size=2",
+        "model_config.num_full_blocks=0",
+        "weight_dtype=fp32",
+    ]
+    words = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "start"), "--device", "cpu"]
+    words += ["--videos", "3", "--sampling-steps", "1", "--batch", "2", "--dense-steps", "1", "--steps", "0,1,2"]
+    words += [word for setting in changed for word in ("--set", setting)]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(BENCHMARKS / "dense_to_sparse.py"), *words, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+    assert run("--seconds", "0").returncode == 3
+    done = run()
+    assert done.returncode == 0, done.stderr
+    lines = records(done.stdout)
+    cases = [line["case"] for line in lines if "case" in line]
+    assert cases == ["dense", "sparse_0", "sparse_0.5_1", "sparse_0.5_2", "sparse_0_1", "sparse_0_2"]
+    assert [line["weight"] for line in lines if line.get("piece") == "result"] == [0.5, 0.0]
+    assert all(line["videos"] == 3 and line["difference_95"][0] <= 0 for line in lines if "case" in line)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert not [line for line in records(again.stdout) if "training" in line.get("piece", "")], "nothing is done twice"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files

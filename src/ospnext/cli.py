@@ -98,6 +98,15 @@ COMMANDS: dict[str, Command] = {
         "ospnext.evaluate.shapes:run",
         examples=("evaluate-shapes num_prompts=64", "evaluate-shapes model=runs/shapes_transformer/pipeline"),
     ),
+    "compare-shapes": Command(
+        "compare two models or settings on the same prompts and seeds of the shapes world",
+        "ospnext.evaluate.compare:CompareShapesConfig",
+        "ospnext.evaluate.compare:run",
+        examples=(
+            "compare-shapes other.quant=hif8 other.quant_attn=hif8",
+            "compare-shapes model=runs/shapes_dense/pipeline other.model=runs/shapes_dense_to_sparse/pipeline",
+        ),
+    ),
     "convert": Command(
         "write a transformer checkpoint in another format",
         "ospnext.prepare.convert:ConvertConfig",

@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
-from transformers import ByT5Tokenizer
 
 from ospnext.cli import main
 from ospnext.config import ConfigError, load_config
-from ospnext.evaluate.shapes import EvaluateShapesConfig, Share, generate, share, summarise
+from ospnext.evaluate.shapes import EvaluateShapesConfig, generate, summarise
+from ospnext.evaluate.share import Share, share
 from ospnext.generate.pipeline import OSPNextPipeline
-from ospnext.generate.sampler import make_scheduler
-from ospnext.models.text import small_text_encoder
-from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.shapes.grading import VIDEOS_PER_PROCESS, grade_all, one_thread
 from ospnext.shapes.render import render
 from ospnext.shapes.world import World, is_held_out, sample_scene
-from ospnext.train.video_vae import VAEArchitecture
 
 
 def marks(right: int, asked: int) -> list[bool]:
@@ -91,24 +87,6 @@ def test_a_grading_process_keeps_to_one_thread():
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A tiny pipeline's folder, with random weights."""
-    torch.manual_seed(0)
-    architecture = {"dim": 32, "ffn_dim": 64, "freq_dim": 16, "text_dim": 32, "text_len": 128, "num_heads": 2}
-    pipe = OSPNextPipeline(
-        OSPNextTransformer3DModel(**architecture, num_layers=2),
-        VAEArchitecture(base_dim=8, dim_mult=(1, 1, 1)).build(),
-        small_text_encoder(32, len(ByT5Tokenizer())),
-        ByT5Tokenizer(),
-        make_scheduler("euler", 3.0),
-        negative_prompt="",
-        defaults={"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0},
-    )
-    pipe.save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
 
 
 def test_the_command_from_end_to_end(model, tmp_path, capsys):

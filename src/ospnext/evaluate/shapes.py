@@ -5,8 +5,7 @@ the grader of ``ospnext.shapes`` reads its videos. Figures come with 95% Wilson 
 """
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from ospnext.config import Config
 from ospnext.device import device_label, dtype_label, resolve_device, working_dtype
+from ospnext.evaluate.share import Share, share
 from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
@@ -55,26 +55,6 @@ class EvaluateShapesConfig(Config):
     keep_videos: int = Field(16, ge=0, description="how many videos are kept as mp4 and on a contact sheet")
 
 
-class Share(NamedTuple):
-    """How many of those asked were right, with the bounds of a 95% Wilson interval."""
-
-    right: int
-    asked: int
-    low: float
-    high: float
-
-
-def share(marks: Iterable[bool]) -> Share:
-    """The share of true marks; an empty one is 0 of 0 and could be anything."""
-    values = list(marks)
-    n, k, z = len(values), sum(values), 1.959964
-    if not n:
-        return Share(0, 0, 0.0, 1.0)
-    centre = (k + z * z / 2) / (n + z * z)
-    reach = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return Share(k, n, max(centre - reach, 0.0), min(centre + reach, 1.0))
-
-
 def run(config: EvaluateShapesConfig) -> None:
     """Generate, grade, print a table, and write ``output_dir/shapes.json``.
 
@@ -82,41 +62,83 @@ def run(config: EvaluateShapesConfig) -> None:
         ValueError: the model cannot be loaded or the output cannot be written; nothing was generated.
     """
     make_folder(Path(config.output_dir))
+    pipe, where = open_pipeline(config, config.model)
+    asked = held_out(config.world, config.num_prompts, config.seed)
+    videos = generate(pipe, asked.prompts, config)
+    grades = grade_all(videos, asked.scenes)
+    result = summarise(grades, asked.scenes)
+    show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {where}")
+    write(config, result, asked.prompts, grades, videos)
+
+
+class Asked(NamedTuple):
+    """What a model is asked for: scenes, and a caption of each."""
+
+    scenes: list[Scene]
+    prompts: list[str]
+
+
+def held_out(world: str, count: int, seed: int) -> Asked:
+    """``count`` scenes of a world that training never shows, and a wording of each; a function of the seed."""
+    rng = np.random.default_rng(seed)
+    chosen: World = getattr(World, world)()
+    scenes = [sample_scene(rng, chosen, held_out=True) for _ in range(count)]
+    return Asked(scenes, [caption(scene, rng) for scene in scenes])
+
+
+def open_pipeline(config: EvaluateShapesConfig, model: str, **overrides: Any) -> tuple[OSPNextPipeline, str]:
+    """A model that is ready to be asked, and what it runs on in words.
+
+    Args:
+        config: device, dtype and kernel.
+        model: a pipeline's name.
+        **overrides: of its transformer, as in ``load_transformer``.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     device = resolve_device(config.device)
     dtype = working_dtype(config.weight_dtype, device, asked="weight_dtype" in config.model_fields_set)
     kernel = describe_kernel(config.attention_kernel, device, dtype)
-    pipe = OSPNextPipeline.from_pretrained(config.model, torch_dtype=dtype, device=device)
+    pipe = OSPNextPipeline.from_pretrained(model, torch_dtype=dtype, device=device, **overrides)
     pipe.transformer.set_attention_kernel(config.attention_kernel)
     pipe.set_progress_bar_config(disable=True)
-    rng = np.random.default_rng(config.seed)
-    world: World = getattr(World, config.world)()
-    scenes = [sample_scene(rng, world, held_out=True) for _ in range(config.num_prompts)]
-    prompts = [caption(scene, rng) for scene in scenes]
-    videos = generate(pipe, prompts, config)
-    grades = grade_all(videos, scenes)
-    result = summarise(grades, scenes)
     where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
-    if is_quantised(pipe.transformer):
-        where += f", {describe(pipe.transformer)}"
-    show(result, f"{config.num_prompts} held-out prompts, {config.world} world, {where}")
-    write(config, result, prompts, grades, videos)
+    return pipe, where + (f", {describe(pipe.transformer)}" if is_quantised(pipe.transformer) else "")
 
 
 def generate(pipe: OSPNextPipeline, prompts: Sequence[str], config: EvaluateShapesConfig) -> list[np.ndarray]:
     """A video uint8 ``[T, H, W, 3]`` for every prompt; prompt i has the noise of seed + i."""
-    videos = []
-    starts = range(0, len(prompts), config.batch_size)
-    for i in track(starts, description="generating", transient=True):
-        some = list(prompts[i : i + config.batch_size])
-        (frames,) = pipe(
-            some,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i + k) for k in range(len(some))],
-            return_dict=False,
+    starts = track(range(0, len(prompts), config.batch_size), description="generating", transient=True)
+    return [
+        video
+        for i in starts
+        for video in generate_some(
+            pipe,
+            prompts[i : i + config.batch_size],
+            config.seed + i,
+            config.num_inference_steps,
+            config.guidance_scale,
         )
-        videos += list((frames * 255 + 0.5).astype(np.uint8))
-    return videos
+    ]
+
+
+def generate_some(
+    pipe: OSPNextPipeline, prompts: Sequence[str], seed: int, steps: int | None, guidance_scale: float | None
+) -> list[np.ndarray]:
+    """Videos uint8 ``[T, H, W, 3]`` of prompts in one batch; the i-th has the noise of ``seed`` + i.
+
+    What is None is the model's own.
+    """
+    (frames,) = pipe(
+        list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        output_type="pt",
+        return_dict=False,
+    )
+    return list((frames * 255 + 0.5).to(torch.uint8).movedim(2, -1).cpu().numpy())
 
 
 def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:
