@@ -112,13 +112,13 @@ def train(run: Run, folder: Path, **settings: Any) -> bool:
 class Grading:
     """Asks models for the same prompts with the same noise; grades while the next one generates."""
 
-    def __init__(self, run: Run, grader: Any) -> None:
+    def __init__(self, run: Run, graders: Any) -> None:
         import torch
 
         from ospnext.device import resolve_device, working_dtype
         from ospnext.evaluate.shapes import held_out
 
-        self.run, self.grader = run, grader
+        self.run, self.graders = run, graders
         self.asked = held_out("large", run.args.videos, run.args.seed)
         self.device = resolve_device(run.args.device)
         self.dtype = working_dtype("bf16", self.device, asked=False)
@@ -148,7 +148,7 @@ class Grading:
             some = slice(i, i + self.run.args.batch)
             seed = self.run.args.seed + i
             videos = generate_some(pipe, self.asked.prompts[some], seed, self.run.args.sampling_steps, None)
-            gradings += self.grader.submit(videos, self.asked.scenes[some])
+            gradings += self.graders.begin(videos, self.asked.scenes[some])
         self.waiting.append((path, gradings, time.monotonic() - began))
         while len(self.waiting) > 1:
             self.write()
@@ -247,15 +247,15 @@ def main() -> int:
     """All pieces; 0 once all are there, 3 where the time was up before."""
     run = Run(options())
     spare_what_reads_files()
-    from ospnext.shapes.grading import Grader
+    from ospnext.shapes.grading import VIDEOS_PER_PROCESS, Graders, cores
 
     run.args.out.mkdir(parents=True, exist_ok=True)
     dense = {"model": run.args.model, "model_config__skiparse_model_type": "full", "distillation_config__weight": 0}
     dense |= {"training_iteration": run.args.dense_steps, "save_interval": 10**6, "lr_schedule": "cosine"}
-    with Grader(run.args.videos) as grader:
+    with Graders(max(1, min(cores(), run.args.videos // VIDEOS_PER_PROCESS))) as graders:
         complete = train(run, run.dense, **dense)
         if complete:
-            grading = Grading(run, grader)
+            grading = Grading(run, graders)
             if not run.marks(None, -1).exists():
                 grading.ask(grading.pipeline(), run.marks(None, -1))
                 grading.write()

@@ -27,7 +27,7 @@ from ospnext.generate.settings import Guidance, Steps
 from ospnext.quant.settings import quant_keys
 from ospnext.sections import AttentionKernel, DType, QuantKeys
 from ospnext.shapes.grade import Grade
-from ospnext.shapes.grading import Grader
+from ospnext.shapes.grading import VIDEOS_PER_PROCESS, Graders, cores
 
 
 class OtherSetting(QuantKeys):
@@ -77,7 +77,8 @@ def run(config: CompareShapesConfig) -> None:
     asked = held_out(config.world, config.num_prompts, config.seed)
     likeness: list[tuple[float, float]] = []
     gradings: tuple[list, list] = ([], [])
-    with Grader(2 * config.num_prompts) as grader:
+    workers = min(cores(), 2 * config.num_prompts // VIDEOS_PER_PROCESS)
+    with Graders(max(1, workers)) as graders:
         for i in track(range(0, config.num_prompts, config.batch_size), description="generating", transient=True):
             some = slice(i, i + config.batch_size)
             videos = [
@@ -85,7 +86,7 @@ def run(config: CompareShapesConfig) -> None:
                 for pipe, own in zip(pipes, (config, second), strict=True)
             ]
             for kept, made in zip(gradings, videos, strict=True):
-                kept.extend(grader.submit(made, asked.scenes[some]))
+                kept.extend(graders.begin(made, asked.scenes[some]))
             likeness += [(psnr(a, b), ssim(a, b, pipes[0].device)) for a, b in zip(*videos, strict=True)]
         grades = [[grading.result() for grading in kept] for kept in gradings]
     result = compare(grades[0], grades[1], likeness)
