@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
@@ -297,8 +298,10 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _section_of(field: FieldInfo) -> type[Config] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Config) else None
+    """The class of a section, also of one that may be left out (``Section | None``)."""
+    kinds = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
+    return sections[0] if sections else None
 
 
 def _is_broken(value: Any) -> bool:

@@ -189,7 +189,7 @@ _TABLE: tuple[Row, ...] = (
         "data_config.dataset_config",
     ),
     # RL
-    *_mapped("rl", "rank alpha target_modules lora_path", "lora_config"),
+    *_mapped("train rl", "rank alpha target_modules lora_path", "lora_config"),
     *_mapped("rl", "prompt_file eval_prompt_file height width num_frames num_inference_steps", "rl_config"),
     *_mapped("rl", "sde_steps guidance_scale sample_batch_size train_batch_size", "rl_config"),
     *_mapped("rl", "num_batches_per_epoch num_inner_epochs num_image_per_prompt sample_time_per_prompt", "rl_config"),

@@ -8,6 +8,7 @@ import processes
 import torch
 from transformers import ByT5Tokenizer
 
+from ospnext.checkpoints.save import save_transformer
 from ospnext.config import load_config
 from ospnext.config_keys import key_rules
 from ospnext.models.text import small_text_encoder
@@ -66,6 +67,18 @@ def save_dense(folder: Path) -> Path:
     torch.nn.init.normal_(model.head.head.weight, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def save_base(folder: Path) -> dict[str, str]:
+    """A random transformer of the tests' sizes on disk; the keys that train an adapter of it."""
+    given = config_of({}).architecture()
+    torch.manual_seed(0)
+    model = OSPNextTransformer3DModel(**given)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    save_transformer(model, folder)
+    return {"model_config.pretrained_model_dir_or_checkpoint": str(folder), "lora_config.rank": "3"}
 
 
 def config_of(values: dict[str, Any]) -> TrainConfig:

@@ -13,6 +13,7 @@ import sft_cases as cases
 import torch
 from processes import Processes
 
+from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.parallel.state import newest, step_of
 
@@ -96,6 +97,17 @@ def test_dense_becomes_sparse_on_two_processes_as_on_one(processes: Group, paths
     found, expected = cases.outcome(tmp_path / "two"), cases.outcome(tmp_path / "one")
     assert all("loss_distillation" in line for line in expected[1])
     hold(found, expected)
+
+
+def test_an_adapter_s_run_is_that_of_one_process(processes: Group, paths: Any, tmp_path: Path) -> None:
+    given = paths | cases.save_base(tmp_path / "base")
+    assert cases.train(0, 1, given | {"output_dir": tmp_path / "one"}) == ""
+    many = batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "output_dir": tmp_path / "two"}
+    assert set(processes(2).run(cases.train, 2, given | many, seconds=PATIENCE)) == {""}
+    hold(cases.outcome(tmp_path / "two"), cases.outcome(tmp_path / "one"))
+    one, two = (read_adapter(tmp_path / run / "adapter").pairs for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name].up, two[name].up, atol=2e-5, rtol=2e-4) for name in one)
 
 
 @pytest.mark.long

@@ -174,17 +174,29 @@ def adapter_of(model: nn.Module, name: str = DEFAULT, values: Mapping[str, Tenso
     Raises:
         CheckpointError: the model carries no adapter of that name.
     """
-    named = dict(model.named_parameters()) if values is None else values
-    pairs = {}
-    for module_name, layer in _layers(model, name):
-        down, up = (
-            whole(named[f"{module_name}.{part}.{name}.weight"].detach()).to("cpu", copy=True)
-            for part in ("lora_A", "lora_B")
-        )
-        pairs[module_name] = Pair(down, up, float(layer.lora_alpha[name]))
-    if not pairs:
+    alphas = alphas_of(model, name)
+    if not alphas:
         raise CheckpointError(f"the model carries no adapter {name!r}")
-    return Adapter(pairs)
+    own = set(adapter_names(model))
+    named: Mapping[str, Tensor] = values or {n: p for n, p in model.named_parameters() if n in own}
+    return adapter_from({n: whole(t.detach()).to("cpu", copy=True) for n, t in named.items()}, alphas, name)
+
+
+def alphas_of(model: nn.Module, name: str = DEFAULT) -> dict[str, float]:
+    """Alpha of every linear that has the adapter: what a file of its A and B does not say."""
+    return {module_name: float(layer.lora_alpha[name]) for module_name, layer in _layers(model, name)}
+
+
+def adapter_from(tensors: Mapping[str, Tensor], alphas: Mapping[str, float], name: str = DEFAULT) -> Adapter:
+    """An adapter from parameters of a model by their names, and ``alphas_of`` it.
+
+    Raises:
+        CheckpointError: a parameter is missing.
+    """
+    wanted = {m: (f"{m}.lora_A.{name}.weight", f"{m}.lora_B.{name}.weight") for m in alphas}
+    if missing := [key for keys in wanted.values() for key in keys if key not in tensors]:
+        raise CheckpointError(f"the adapter is not all there: {list_names(missing, 3)} are missing")
+    return Adapter({m: Pair(tensors[down], tensors[up], alphas[m]) for m, (down, up) in wanted.items()})
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""``ospnext export``: a pipeline folder for sampling, from any state of a training run.
+"""``ospnext export``: a pipeline folder for sampling, or the adapter, from any state of a training run.
 
 ospnext export runs/osp_14b/iter_000002000 out/pipeline
 ospnext export runs/osp_14b/iter_000002000 out/pipeline weights=live vae_path=Wan2.1_VAE.pth
+ospnext export runs/osp_14b_lora/iter_000002000 out/adapter
+ospnext export runs/osp_14b_lora/iter_000002000 out/pipeline merge=true
 """
 
 from pathlib import Path
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
+from ospnext.checkpoints.lora import adapter_from
+from ospnext.checkpoints.lora_files import Adapter, write_adapter
+from ospnext.checkpoints.merge import merged_transformer
 from ospnext.config import Config, ConfigError, load_config
 from ospnext.config_keys import key_rules
 from ospnext.device import resolve_dtype
@@ -25,6 +30,7 @@ from ospnext.quant.apply import quantize
 from ospnext.quant.settings import read_keys, recipe
 from ospnext.train.parts import constructor_settings, find_sources
 from ospnext.train.settings import TrainConfig
+from ospnext.train.state import ALPHAS
 
 # How the small models of the shapes world are sampled unless a call says otherwise, and those of Wan's size.
 SMALL: dict[str, Any] = {"shift": 3.0, "num_inference_steps": 20, "guidance_scale": 4.0}
@@ -37,6 +43,7 @@ class ExportConfig(Config):
     state: str = Field(min_length=1, description="iter_ folder of a run, beside its config.yaml")
     dst: str = Field(min_length=1, description="folder to write")
     weights: Literal["average", "live"] = Field("average", description="the moving average, or the weights themselves")
+    merge: bool = Field(False, description="of a run with lora_config: the whole pipeline with the adapter merged in")
     vae_path: str | None = Field(None, description="VAE, if not the one of the run's config.yaml")
     text_encoder_path: str | None = Field(None, description="text encoder, if not that one")
     tokenizer_path: str | None = Field(None, description="tokenizer, if not that one")
@@ -65,8 +72,33 @@ def run(config: ExportConfig) -> str:
             "text_encoder_config": own.text_encoder_config.model_copy(update=text),
         }
     )
-    export_pipeline(own, state, to, config.weights)
+    if config.merge and not trained_adapter(state):
+        raise ConfigError(f"merge is true, but {state} is no state of an adapter: leave it out")
+    if trained_adapter(state) and not config.merge:
+        export_adapter(own, state, to, config.weights)
+    else:
+        export_pipeline(own, state, to, config.weights)
     return f"saved {to}: the {config.weights} weights of {state}"
+
+
+def trained_adapter(state: Path) -> bool:
+    """Whether a state is of a run with ``lora_config``."""
+    return ALPHAS in read_record(state).get("about", {})
+
+
+def export_adapter(config: TrainConfig, state: Path, to: Path, weights: str = "average") -> None:
+    """Save the adapter of a state as PEFT does; arguments and errors as ``export_pipeline``."""
+    base = config.model or config.transformer_config.pretrained_model_dir_or_checkpoint
+    write_adapter(adapter_in(state, weights), to, base)
+
+
+def adapter_in(state: Path, weights: str) -> Adapter:
+    """The adapter that a state holds.
+
+    Raises:
+        ValueError: the state is damaged.
+    """
+    return adapter_from(read(state, f"{weights}.transformer."), read_record(state)["about"][ALPHAS])
 
 
 def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "average") -> None:
@@ -91,9 +123,14 @@ def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "
     needed = ["vae", *(["text_encoder"] * ("text_encoder" not in settings)), *(["tokenizer"] * encoded)]
     if missing := [key for key in needed if getattr(sources, key) is None]:
         raise ConfigError(f"{', '.join(missing)} not named in the run's configuration: give {missing[0]}_path")
-    with torch.device("meta"):
-        transformer = OSPNextTransformer3DModel(**constructor_settings(settings["transformer"]))
-    fill_from(transformer, read(state, f"{weights}.transformer."), dtype)
+    if ALPHAS in settings:
+        assert sources.transformer is not None
+        overrides = {"relayout": config.convert_layouts} | config.architecture()
+        transformer = merged_transformer(sources.transformer, adapter_in(state, weights), dtype, overrides)
+    else:
+        with torch.device("meta"):
+            transformer = OSPNextTransformer3DModel(**constructor_settings(settings["transformer"]))
+        fill_from(transformer, read(state, f"{weights}.transformer."), dtype)
     eight_bits = recipe(read_keys(settings["transformer"], state), torch.device("cpu"))
     if eight_bits is not None:
         quantize(transformer, eight_bits)  # its config.json says so

@@ -1,7 +1,8 @@
 """What a training step computes, in closed form, for the log's utilisation.
 
-A multiplication and an addition are two FLOPs; a backward pass counts twice its forward pass; what activation
-checkpointing computes again does not count. The tests hold the form to torch's own count.
+A multiplication and an addition are two FLOPs; a backward pass counts twice its forward pass, and once where weights
+are frozen below an adapter, whose own products are left out; what activation checkpointing computes again does not
+count. The tests hold the form to torch's own count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(
-    settings: Mapping[str, Any], layouts: Sequence[Layout], latents: Sequence[int], text_len: int
+    settings: Mapping[str, Any],
+    layouts: Sequence[Layout],
+    latents: Sequence[int],
+    text_len: int,
+    frozen: bool = False,
 ) -> tuple[int, int]:
     """Tokens of one sample, and FLOPs of its forward and backward pass.
 
@@ -35,6 +40,7 @@ def training_flops(
         layouts: of its blocks.
         latents: shape ``[C, t, h, w]``.
         text_len: tokens of text.
+        frozen: whether an adapter is trained in place of the weights.
     """
     dim, ffn = settings["dim"], settings["ffn_dim"]
     grid = Grid(*(n // p for n, p in zip(latents[1:], settings["patch_size"], strict=True)))
@@ -42,9 +48,10 @@ def training_flops(
     ends = tokens * patch * (settings["in_dim"] + settings["out_dim"]) * dim
     ends += text_len * (settings["text_dim"] + dim) * dim + (settings["freq_dim"] + 7 * dim) * dim
     blocks = 0
+    passes = 2 if frozen else 3  # of a linear: forward, to its input and, if it learns, to its weight
     for layout, count in {layout: layouts.count(layout) for layout in layouts}.items():
         squares = sum(n * n for n in order(grid, layout, settings["sparse_ratio"]).segments)
         linear = tokens * (6 * dim * dim + 2 * dim * ffn) + text_len * 2 * dim * dim
         attention = 2 * squares * dim + 2 * tokens * text_len * dim
-        blocks += count * (linear + attention)
-    return tokens, 3 * 2 * (ends + blocks)
+        blocks += count * (passes * linear + 3 * attention)
+    return tokens, 2 * ((1 if frozen else 3) * ends + blocks)

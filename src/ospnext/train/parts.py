@@ -17,6 +17,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from ospnext.assemble import Crew, assemble_transformer, fit_run, join
 from ospnext.checkpoints.components import find_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
+from ospnext.checkpoints.lora import NewAdapter, WithAdapter
+from ospnext.checkpoints.lora_files import Adapter, read_adapter
 from ospnext.checkpoints.memory import require_memory
 from ospnext.config import ConfigError
 from ospnext.data.buckets import Bucket
@@ -53,7 +55,7 @@ class Job(NamedTuple):
     """A run, settled and checked.
 
     ``transformer`` are the settings of the network, ``latents`` the shape ``[C, t, h, w]`` of a sample, ``loader`` is
-    None where clips are rendered.
+    None where clips are rendered. ``adapter`` is what is trained in place of the network, if so.
     """
 
     device: torch.device
@@ -64,6 +66,7 @@ class Job(NamedTuple):
     latents: tuple[int, int, int, int]
     loader: Loader | None
     notices: list[str]
+    adapter: NewAdapter | Adapter | None = None
 
 
 class Components(NamedTuple):
@@ -87,11 +90,17 @@ def settle(config: TrainConfig, launch: Launch) -> Job:
     sources, notices = find_sources(config)
     if config.train_text_encoder and launch.world > 1:
         raise ConfigError(f"train_text_encoder trains in one process, but {launch.world} were started")
+    adapter = find_adapter(config, sources)
     with torch.device("meta"):
         transformer = (
             OSPNextTransformer3DModel(**config.architecture())
             if sources.transformer is None
-            else load_transformer(sources.transformer, device="meta", **trained_as(config, "emulation"))
+            else load_transformer(sources.transformer, device="meta", **trained_as(config, adapter, "emulation"))
+        )
+    if adapter is not None and transformer.config.get("quant_scaling") == "running":
+        raise ConfigError(
+            "quant_scaling is running, whose numbers follow training and are no part of an adapter: with lora_config "
+            "use model_config.quant_scaling=tensor, or token"
         )
     recipe(quant_keys(config.transformer_config), device)  # refuses what this device cannot do
     segments = segment_count(transformer.layouts, transformer.config.sparse_ratio)
@@ -100,7 +109,7 @@ def settle(config: TrainConfig, launch: Launch) -> Job:
     settings = constructor_settings(transformer.config)
     if config.data_config.dataset_name == "latents":
         loader, latents = open_encoded(config, sources, settings, rank, sizes.sizes.dp)
-        return Job(device, sizes, sources, settings, None, latents, loader, notices)
+        return Job(device, sizes, sources, settings, None, latents, loader, notices, adapter)
     assert sources.vae is not None
     vae = load_vae(sources.vae, device="meta")
     tokenizer = ByT5Tokenizer() if sources.tokenizer is None else load_tokenizer(sources.tokenizer)
@@ -111,9 +120,9 @@ def settle(config: TrainConfig, launch: Launch) -> Job:
     check_fit(config, settings, vae, encoder, tokenizer)
     latents = latent_shape(config, vae)
     if config.data_config.dataset_name == "shapes":
-        return Job(device, sizes, sources, settings, tokenizer, latents, None, notices)
+        return Job(device, sizes, sources, settings, tokenizer, latents, None, notices, adapter)
     loader = open_videos(config, tokenizer, settings["text_len"], rank, sizes.sizes.dp)
-    return Job(device, sizes, sources, settings, tokenizer, latents, loader, notices)
+    return Job(device, sizes, sources, settings, tokenizer, latents, loader, notices, adapter)
 
 
 def find_sources(config: TrainConfig) -> tuple[Sources, list[str]]:
@@ -144,6 +153,45 @@ def find_sources(config: TrainConfig) -> tuple[Sources, list[str]]:
                 "text_encoder_config.checkpoint_path is missing: name a text encoder, or set train_text_encoder"
             )
     return Sources(*(None if path is None else Path(path) for path in given.values())), []
+
+
+def find_adapter(config: TrainConfig, sources: Sources) -> NewAdapter | Adapter | None:
+    """The adapter to train, new or from a file; None where the whole network is trained.
+
+    Raises:
+        ConfigError: there is no model to adapt, or the file is of another adapter than the one that is described.
+        CheckpointError: the file cannot be used.
+    """
+    lora = config.lora_config
+    if lora is None:
+        return None
+    if sources.transformer is None:
+        raise ConfigError(
+            "lora_config trains an adapter of a model, but none is named: give "
+            "model_config.pretrained_model_dir_or_checkpoint (or model)"
+        )
+    if lora.lora_path is None:
+        return NewAdapter.of(lora, config.seed)
+    adapter = read_adapter(lora.lora_path, lora.alpha)
+    for key, values in (
+        ("rank", {pair.size.rank for pair in adapter.pairs.values()}),
+        ("alpha", {pair.alpha for pair in adapter.pairs.values()}),
+    ):
+        asked = getattr(lora, key)
+        if key in lora.model_fields_set and values != {asked}:
+            found = ", ".join(f"{value:g}" for value in sorted(values))
+            raise ConfigError(
+                f"lora_config.{key} is {asked:g}, but {adapter.source} has {found}: leave it out, the file decides"
+            )
+    ends = {target: [n for n in adapter.pairs if f".{n}".endswith(f".{target}")] for target in lora.target_modules}
+    meant = {name for names in ends.values() for name in names}
+    if "target_modules" in lora.model_fields_set and (meant != adapter.pairs.keys() or not all(ends.values())):
+        odd = [*(target for target, names in ends.items() if not names), *(n for n in adapter.pairs if n not in meant)]
+        raise ConfigError(
+            f"lora_config.target_modules are not those of {adapter.source}, such as {odd[0]}: leave them out, the file "
+            "decides"
+        )
+    return adapter
 
 
 def check_fit(
@@ -298,7 +346,9 @@ def build(config: TrainConfig, job: Job, crew: Crew) -> Components:
     Raises:
         CheckpointError, OutOfMemoryError: as ``checkpoints.load``.
     """
-    transformer = build_transformer(config, job, crew).train().requires_grad_(True)
+    transformer = build_transformer(config, job, crew).train()
+    if job.adapter is None:
+        transformer.requires_grad_(True)
     transformer.set_attention_kernel(config.attention_kernel)
     rendered = config.data_config.dataset_name == "shapes"
     if config.data_config.dataset_name == "latents":
@@ -321,7 +371,7 @@ def build(config: TrainConfig, job: Job, crew: Crew) -> Components:
 
 
 def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTransformer3DModel:
-    """The transformer in float32: this process's part where the crew shares it."""
+    """The transformer in float32, or in ``weight_dtype`` below a float32 adapter: this process's part of it."""
     compiled = config.compile and job.device.type != "cpu"
     options = Options(crew.sharding, config.gradient_checkpointing, "inductor" if compiled else None)
     if job.sources.transformer is None:
@@ -332,8 +382,9 @@ def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTrans
         if crew.mesh is not None:
             parallelise(model, crew.mesh, crew.weights, options)
     else:
+        dtype = torch.float32 if job.adapter is None else resolve_dtype(config.weight_dtype)
         model = assemble_transformer(
-            job.sources.transformer, crew, torch.float32, options=options, **trained_as(config)
+            job.sources.transformer, crew, dtype, options=options, **trained_as(config, job.adapter)
         )
     if crew.mesh is None:
         if config.gradient_checkpointing:
@@ -343,12 +394,24 @@ def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTrans
     return model
 
 
-def trained_as(config: TrainConfig, execution: str | None = None) -> dict[str, Any]:
-    """How ``load_transformer`` shall make a transformer that is to be trained; ``execution`` wins over the keys."""
+def trained_as(
+    config: TrainConfig, adapter: NewAdapter | Adapter | None = None, execution: str | None = None
+) -> dict[str, Any]:
+    """How ``load_transformer`` shall make a transformer that is to be trained, or an adapter of it.
+
+    ``execution`` wins over the keys.
+    """
     quant = quant_keys(config.transformer_config)
     if execution is not None:
         quant["quant_execution"] = execution
-    return {"trainable": True, "relayout": config.convert_layouts, "quant": quant, **config.architecture()}
+    adapters = [] if adapter is None else [WithAdapter(adapter)]
+    return {
+        "trainable": adapter is None,
+        "adapters": adapters,
+        "relayout": config.convert_layouts,
+        "quant": quant,
+        **config.architecture(),
+    }
 
 
 def constructor_settings(config: Mapping[str, Any]) -> dict[str, Any]:

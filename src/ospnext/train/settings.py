@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ospnext.config import Config
-from ospnext.sections import RunConfig, SchedulerConfig
+from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig
 
 
 class NoiseConfig(SchedulerConfig):
@@ -108,6 +108,9 @@ class TrainConfig(RunConfig):
         description="sparse settings of model_config win over those of the weights: so dense weights become sparse",
     )
     distillation_config: DistillationConfig = DistillationConfig()
+    lora_config: LoraConfig | None = Field(
+        default=None, description="train an adapter on the frozen weights, not the weights; any key turns it on"
+    )
     training_iteration: int = Field(default=1_000_000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(
         default=None, gt=0, description="save and stop after it; start again to go on"
@@ -161,6 +164,8 @@ class TrainConfig(RunConfig):
                 "distillation_config.weight is above 0: the teacher knows its text encoder as it is, so "
                 "train_text_encoder must be off"
             )
+        if self.lora_config is not None and self.train_text_encoder:
+            raise ValueError("lora_config trains an adapter alone: turn train_text_encoder off, or leave it out")
         if clip.train_fps is None and clip.sample_stride is None:
             raise ValueError("train_fps and sample_stride are both empty: give one")
         if self.weight_dtype in ("fp16", "float16"):

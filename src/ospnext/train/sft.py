@@ -5,7 +5,8 @@
 
 Everything that can be wrong is found before weights are loaded. In one process the weights are float32 and the
 arithmetic ``weight_dtype`` by autocast; on many, weights are float32 shards that are gathered in ``weight_dtype``. The
-run ends with a pipeline folder of the averaged weights, ready for ``ospnext generate model=...``.
+run ends with a pipeline folder of the averaged weights, ready for ``ospnext generate model=...``; with ``lora_config``
+weights are frozen in ``weight_dtype``, and it ends with the averaged adapter.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ospnext.checkpoints.lora import alphas_of, describe_adapter
 from ospnext.config import dump_yaml
 from ospnext.device import device_label, dtype_label, resolve_dtype
 from ospnext.flow.path import TIMESTEPS
@@ -27,7 +29,7 @@ from ospnext.parallel.apply import describe
 from ospnext.parallel.launch import Launch, agree
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
-from ospnext.train.export import export_pipeline
+from ospnext.train.export import export_adapter, export_pipeline
 from ospnext.train.feed import Fed, Feed
 from ospnext.train.flops import peak_flops, training_flops
 from ospnext.train.log import Log, Losses, Meter
@@ -35,7 +37,7 @@ from ospnext.train.loop import LoopSettings, Surroundings, fit
 from ospnext.train.noise import add_noise
 from ospnext.train.parts import Components, Job, arrange, build, open_feed, settle, vae_dtype
 from ospnext.train.settings import NoiseConfig, TrainConfig
-from ospnext.train.state import TrainState, latest
+from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
 
 LEVELS = 4  # ranges of the noise level that the loss is logged for
@@ -71,7 +73,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
             (lambda state: open_trackers(names, config, state)) if launch.first else (lambda state: ()),
             meter,
             folder.enter_context(profiled(config, launch)),
-            about(config, parts),
+            about(config, job, parts),
         )
         losses = make_losses(config, job, parts, feed, meter, teacher)
         state = fit(trained(config, parts), losses, loop_settings(config, crew.mesh is None), job.device, around)
@@ -100,9 +102,11 @@ def trained(config: TrainConfig, parts: Components) -> dict[str, torch.nn.Module
     return modules
 
 
-def about(config: TrainConfig, parts: Components) -> dict[str, Any]:
+def about(config: TrainConfig, job: Job, parts: Components) -> dict[str, Any]:
     """The settings of what is trained, which a state keeps so that it can be exported."""
     own: dict[str, Any] = {"transformer": json_values(parts.transformer.config)}
+    if job.adapter is not None:
+        own[ALPHAS] = alphas_of(parts.transformer)
     if config.train_text_encoder:
         assert parts.text_encoder is not None
         own["text_encoder"] = parts.text_encoder.config.to_dict()
@@ -124,7 +128,8 @@ def make_losses(
 
     def losses(generator: torch.Generator, step: int) -> Losses:
         fed = feed.take()
-        tokens, flops = training_flops(job.transformer, layouts, fed.latents.shape[1:], job.transformer["text_len"])
+        text_len, frozen = job.transformer["text_len"], job.adapter is not None
+        tokens, flops = training_flops(job.transformer, layouts, fed.latents.shape[1:], text_len, frozen)
         flops += 0 if teacher is None else teacher.flops(fed.latents.shape[1:])
         meter.add(len(fed.latents) * tokens / shared, len(fed.latents) * flops / shared)
         text = embed(config, job, parts, fed.text)
@@ -219,6 +224,8 @@ def report(config: TrainConfig, job: Job, parts: Components, notices: list[str])
         print(f"note: {line}")
     networks = trained(config, parts).items()
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in networks)
+    if job.adapter is not None:
+        sizes = f"{describe_adapter(parts.transformer)}, in {sizes} with it, frozen in {dtype_label(dtype)},"
     latents = "read from files" if parts.vae is None else f"in {dtype_label(vae_dtype(config, device))}"
     clips = config.data_config.batch_size * config.gradient_accumulation_steps * job.sizes.sizes.dp
     print(
@@ -232,9 +239,17 @@ def report(config: TrainConfig, job: Job, parts: Components, notices: list[str])
 
 
 def finish(config: TrainConfig) -> None:
-    """Write the newest state's averaged weights as a pipeline folder, if the run knows all that belongs to one."""
+    """Write what the newest state's average makes: the adapter, or a pipeline folder.
+
+    The latter only if the run knows all that belongs to one.
+    """
     state = latest(Path(config.output_dir))
     assert state is not None
+    if config.lora_config is not None:
+        to = Path(config.output_dir) / "adapter"
+        export_adapter(config, state, to)
+        print(f"saved {to}; `ospnext export {state} DST merge=true` makes a pipeline with it")
+        return
     to = Path(config.output_dir) / "pipeline"
     if (
         config.model is None

@@ -18,6 +18,8 @@ from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.optim import MovingAverage, moments
 
 FORMAT = "ospnext training state 1"
+ALPHAS = "lora_alphas"
+"""What of ``about`` says that an adapter was trained: alpha by linear. Its tensors do not tell it."""
 
 
 class Data(Protocol):
@@ -83,6 +85,8 @@ class TrainState:
             raise _foreign(
                 folder, f"it is no {FORMAT}" if record.get("format") != FORMAT else "its data is of another kind"
             )
+        if problem := _other_adapter(record.get("about", {}).get(ALPHAS), self.about.get(ALPHAS)):
+            raise _foreign(folder, problem)
         before = None if self.data is None else self.data.state_dict()
         try:
             if self.data is not None:
@@ -140,6 +144,17 @@ def latest(output_dir: Path) -> Path | None:
             f"{old[0].parent} was not written by this trainer: give another output_dir (weights of an older run are "
             "started from with model_config.pretrained_model_dir_or_checkpoint)"
         ) from error
+
+
+def _other_adapter(theirs: Mapping[str, float] | None, ours: Mapping[str, float] | None) -> str:
+    """How the adapter of a state differs from this run's, as far as its tensors would not say; empty if it does not."""
+    if (theirs is None) != (ours is None):
+        what = ("the whole network", "an adapter (lora_config)")
+        return f"it trained {what[theirs is not None]}, and this run trains {what[ours is not None]}"
+    for name in (theirs or {}).keys() & (ours or {}).keys():
+        if theirs is not None and ours is not None and theirs[name] != ours[name]:
+            return f"lora_config.alpha is {ours[name]:g} here, but {theirs[name]:g} there ({name})"
+    return ""
 
 
 def _foreign(folder: Path, problem: str) -> StateError:
