@@ -165,8 +165,8 @@ class Grading:
         with torch.no_grad():
             for some in denormalise(pipe.vae, latents).to(self.vae_dtype).split(self.run.args.decode_batch):
                 frames = (decode_whole(pipe.vae, some).float().clamp(-1, 1) + 1) / 2
-                videos += (frames * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
-        return [video.copy() for video in videos]
+                videos += list((frames * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy())
+        return videos
 
     def write(self) -> None:
         """Wait for the oldest grading and keep its marks."""
