@@ -32,8 +32,13 @@ from ospnext.ops.attention import choose_kernel, describe_kernel
 from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout
 from ospnext.ops.rope import rope_table
+from ospnext.quant.apply import advance, quantize
+from ospnext.quant.apply import describe as describe_eight_bits
+from ospnext.quant.block import prepare
+from ospnext.quant.config import QuantConfig, Scaling, choose_execution
 
 CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_compiled", "skiparse_masked")
+EIGHT_BITS = ("hif8_full", "hif8", "hif8_running")  # of dense blocks, of sparse ones, and with running scales
 _PEER_BACKENDS = {"sdpa": "native", "cudnn": "_native_cudnn", "flash2": "flash", "flash3": "_flash_3"}
 _SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _COLUMNS = {
@@ -91,8 +96,11 @@ class Setup:
 
     def layouts(self, case: str) -> tuple[Layout, ...]:
         """The layout of every block of a case."""
-        sparse = case.startswith("skiparse")
+        sparse = case.startswith("skiparse") or case in ("hif8", "hif8_running")
         return self.network.layouts(self.layers) if sparse else (Layout.FULL,) * self.layers
+
+
+Ceilings = dict[bool, work.Ceilings]  # whether in 8 bits
 
 
 def build(case: str, setup: Setup) -> nn.Module:
@@ -132,7 +140,19 @@ def build(case: str, setup: Setup) -> nn.Module:
         model.set_attention_kernel(setup.kernel)
         if case == "skiparse_masked":
             pad_and_mask(model, setup.video.grid, device)
+        if case in EIGHT_BITS:
+            into_eight_bits(model, setup, "running" if case == "hif8_running" else "tensor")
     return model.eval()
+
+
+@torch.no_grad()
+def into_eight_bits(model: OSPNextTransformer3DModel, setup: Setup, scaling: Scaling) -> None:
+    """HiF8 linears and attention, ready to sample; running scales are those of one pass."""
+    quantize(model, QuantConfig(scaling=scaling, execution=choose_execution("fp8", setup.device)))
+    if scaling == "running":
+        model.train()(*inputs(setup))
+        advance(model)
+    prepare(model.eval())
 
 
 @torch.no_grad()
@@ -193,11 +213,11 @@ def first_call(call: Callable[[], Any], compile_blocks: Callable[..., None], set
 
 
 @torch.no_grad()
-def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def step(case: str, setup: Setup, ceilings: Ceilings, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Build and time one case; its output goes into ``outputs`` for those that come after it."""
     setup = replace(setup, compile=setup.compile and gains_by_compiling(case, setup.device))
     counted = work.work_of(setup.network, setup.video.grid, setup.layouts(case))
-    floor = ceilings.floor(counted)
+    floor = ceilings[case in EIGHT_BITS].floor(counted)
     measure.free_all(setup.device)
     counters.clear()
     model, arguments = build(case, setup), inputs(setup)
@@ -233,8 +253,11 @@ def step(case: str, setup: Setup, ceilings: work.Ceilings, outputs: dict[str, to
     }
     if case == "skiparse_masked":
         record["padded_tokens"] = padded_grid(setup.video.grid, setup.network.sparse_ratio).tokens
-        if "skiparse" in outputs:
-            record["error_to_skiparse"] = measure.relative_error(out, outputs["skiparse"])
+    if case in EIGHT_BITS:
+        record["eight_bits"] = describe_eight_bits(model)
+    plain = "full" if case == "hif8_full" else "skiparse"
+    if case not in ("skiparse", "full") and plain in outputs and not case.startswith("peer"):
+        record[f"error_to_{plain}"] = measure.relative_error(out, outputs[plain])
     if parts is not None:  # otherwise the profiler has seen no kernels here
         busy = parts.attention + parts.linears + parts.rest
         record |= {f"{kind}_ms": value for kind, value in parts._asdict().items() if isinstance(value, float)}
@@ -302,7 +325,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     facts["attention"] = describe_kernel(arguments.attention, device, dtype)
     facts["fused"] = describe_fused(device)
     peak = arguments.peak_tflops if device.type != "cpu" else None
-    ceilings = work.Ceilings(device, dtype, arguments.attention)
+    ceilings = {bits: work.Ceilings(device, dtype, arguments.attention, bits) for bits in (False, True)}
     records = []
     for setup in setups(arguments, device, dtype):
         outputs: dict[str, torch.Tensor] = {}
@@ -321,7 +344,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     peers.append(result["ms"])
                 result["speedup"] = min(peers) / result["ms"] if peers else None  # beside the fastest peer so far
             records.append(measure.emit(about | result | facts))
-    for ceiling in ceilings.records():
+    for ceiling in [*ceilings[False].records(), *ceilings[True].records()]:
         measure.emit({"benchmark": "ceiling"} | ceiling | facts)
     return records
 
@@ -359,7 +382,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--num-frames", type=int)
-    parser.add_argument("--cases", type=one_of(CASES), default=["peer", "full", "skiparse"], help=", ".join(CASES))
+    parser.add_argument(
+        "--cases",
+        type=one_of(CASES + EIGHT_BITS),
+        default=["peer", "full", "skiparse"],
+        help=", ".join(CASES + EIGHT_BITS),
+    )
     parser.add_argument("--layers", type=int, help="time this many layers, with the same share of dense ones")
     parser.add_argument("--attention", default="auto", choices=("auto", *_PEER_BACKENDS), help="kernel of all cases")
     parser.add_argument("--device", default="auto")

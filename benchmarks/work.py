@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from measure import time_calls
 
+from ospnext.ops import attention8, fp8
 from ospnext.ops.attention import attend
 from ospnext.ops.layout import Grid, Layout, block_layouts, order
 
@@ -161,8 +162,8 @@ _SETTLING_MS = 1000.0
 class Ceilings:
     """Milliseconds of every product and attention at the rate of this device, measured once each when first asked."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, kernel: str) -> None:
-        self.device, self.dtype, self.kernel = device, dtype, kernel
+    def __init__(self, device: torch.device, dtype: torch.dtype, kernel: str, eight_bits: bool = False) -> None:
+        self.device, self.dtype, self.kernel, self.eight_bits = device, dtype, kernel, eight_bits
         self._ms: dict[Product | SoftmaxAttention, float] = {}
 
     def ms(self, op: Product | SoftmaxAttention) -> float:
@@ -182,6 +183,23 @@ class Ceilings:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=self.device, dtype=self.dtype)
 
+        def held(*shape: int) -> fp8.Held:
+            x = random(1, *shape)
+            x = fp8.hold(x, fp8.amax(x, 1), 15.0)
+            return fp8.Held(x.values[0], x.inverse.reshape(()))
+
+        if self.eight_bits and isinstance(op, Product):
+            a, b, bias = held(op.rows, op.inputs), held(op.outputs, op.inputs), random(op.outputs)
+            return self._time(
+                lambda: fp8.scaled_mm(a.values, b.values, a.inverse, b.inverse, self.dtype, bias, fast=True)
+            )
+        if self.eight_bits and not attention8.why_not(self.device, op.head_dim):
+            parts = [held(op.batch * n, op.heads, op.head_dim) for n in (op.queries, op.keys, op.keys)]
+            if op.queries == op.keys:
+                q8, k8, v8 = (part._replace(values=part.values[None]) for part in parts)
+                return self._time(lambda: attention8.attend(q8, k8, v8, (op.queries,) * op.batch))
+            q8, k8, v8 = (part._replace(values=part.values.unflatten(0, (op.batch, -1))) for part in parts)
+            return self._time(lambda: attention8.attend(q8, k8, v8))
         if isinstance(op, Product):
             x, weight, bias = random(op.rows, op.inputs), random(op.outputs, op.inputs), random(op.outputs)
             return self._time(lambda: F.linear(x, weight, bias))
@@ -191,7 +209,8 @@ class Ceilings:
     def records(self) -> list[dict[str, Any]]:
         """What has been measured so far."""
         return [
-            {"op": type(op).__name__, **op._asdict(), "ms": ms, "tflops": op.flops / ms / 1e9}
+            {"op": type(op).__name__, **op._asdict(), "eight_bits": self.eight_bits, "ms": ms}
+            | {"tflops": op.flops / ms / 1e9}
             for op, ms in self._ms.items()
         ]
 

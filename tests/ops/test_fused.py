@@ -135,7 +135,7 @@ def test_a_layer_in_a_linears_place_is_called() -> None:
 
 def test_the_report_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.describe_fused(torch.device("cpu")) == "plain"
-    monkeypatch.setattr(fused, "_TRITON", True)
+    monkeypatch.setattr(fused, "TRITON", True)
     assert fused.describe_fused(torch.device("cuda")) == "triton, fused"
-    monkeypatch.setattr(fused, "_TRITON", False)
+    monkeypatch.setattr(fused, "TRITON", False)
     assert "Triton is not installed" in fused.describe_fused(torch.device("cuda"))

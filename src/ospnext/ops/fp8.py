@@ -16,6 +16,7 @@ These are the plain forms; they run wherever ``torch._scaled_mm`` does, a CPU in
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,20 @@ from ospnext.ops import hif8
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+SMALLEST_AMAX = 2.0**-100
+"""So that a tensor of zeros has a scale, and every scale an inverse."""
 _GRANULE = 16  # sizes of a product must be multiples of it
+
+
+class Held(NamedTuple):
+    """HiF8 numbers in the form that multiplies them, and what they are to be multiplied by (float32, broadcasts)."""
+
+    values: torch.Tensor
+    inverse: torch.Tensor
+
+    def float(self) -> torch.Tensor:
+        """The numbers that are meant, in float32."""
+        return self.values.float() * self.inverse
 
 
 def headroom(scale_max: float) -> float:
@@ -33,6 +47,25 @@ def headroom(scale_max: float) -> float:
     step = 2.0 ** (exponent - (3 - (abs(exponent) > 3) - (abs(exponent) > 7)))
     largest = math.floor(scale_max / step + 0.5) * step
     return 2.0 ** math.floor(math.log2(E4M3_MAX / largest))
+
+
+def amax(x: torch.Tensor, first: int) -> torch.Tensor:
+    """The largest absolute number along all axes from ``first`` on, which stay with size 1; float32, NaN if any is.
+
+    Args:
+        x: of any floating dtype; where it has no number the result is 0.
+        first: axes before it are kept.
+    """
+    kept = x.shape[:first] + (1,) * (x.ndim - first)
+    if not x.numel():
+        return torch.zeros(kept, device=x.device)
+    return x.detach().abs().flatten(first).amax(-1).float().reshape(kept)
+
+
+def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float) -> Held:
+    """``x`` scaled so that ``largest`` becomes ``scale_max``, rounded to HiF8, as E4M3; what is larger saturates."""
+    largest = largest.clamp(min=SMALLEST_AMAX)
+    return Held(to_e4m3(x, scale_max / largest, scale_max), largest / scale_max / headroom(scale_max))
 
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor, scale_max: float) -> torch.Tensor:
@@ -55,9 +88,15 @@ def codes_to_e4m3(codes: torch.Tensor, scale_max: float) -> torch.Tensor:
 
 
 def scaled_mm(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    fast: bool = False,
 ) -> torch.Tensor:
-    """``(a · scale_a) @ (b · scale_b).T`` of E4M3 matrices, added up in float32.
+    """``(a · scale_a) @ (b · scale_b).T + bias`` of E4M3 matrices, added up in float32.
 
     Args:
         a: ``[M, K]``.
@@ -65,19 +104,28 @@ def scaled_mm(
         scale_a: float32, one number or ``[M, 1]``.
         scale_b: float32, one number.
         dtype: of the result.
+        bias: ``[N]``, added before the result is rounded where it has the result's half precision, else after.
+        fast: leave the sum in the tensor cores, which keep about 14 bits of it on Hopper; otherwise it is taken out
+            every 128 numbers, and products take longer.
 
     Returns:
         ``[M, N]``. Sizes that are no multiple of 16 are padded with zeros, which costs a copy.
     """
     rows, columns = len(a), len(b)
     a, b = _padded(a), _padded(b)
+    # With a scale for every row CUDA gives bfloat16 only, and biases are added in half precision.
+    out_dtype = dtype if scale_a.numel() == 1 else torch.bfloat16
+    inside = bias is not None and bias.dtype == out_dtype != torch.float32 and len(b) == columns and a.is_cuda
     if scale_a.numel() == 1:
-        out = torch._scaled_mm(a, b.t(), scale_a.reshape(()), scale_b.reshape(()), out_dtype=dtype)
+        scale_a, scale_b = scale_a.reshape(()), scale_b.reshape(())
     else:
         scale_a = F.pad(scale_a, (0, 0, 0, len(a) - rows), value=1.0)
-        # With a scale for every row CUDA gives bfloat16 only.
-        out = torch._scaled_mm(a, b.t(), scale_a, scale_b.expand(1, len(b)).contiguous(), out_dtype=torch.bfloat16)
-    return out[:rows, :columns].to(dtype)
+        scale_b = scale_b.expand(1, len(b)).contiguous()
+    out = torch._scaled_mm(
+        a, b.t(), scale_a, scale_b, bias if inside else None, out_dtype=out_dtype, use_fast_accum=fast and a.is_cuda
+    )
+    out = out[:rows, :columns].to(dtype)
+    return out if bias is None or inside else (out.float() + bias).to(dtype)
 
 
 def _padded(x: torch.Tensor) -> torch.Tensor:

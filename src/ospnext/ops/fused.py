@@ -26,8 +26,8 @@ from torch import nn
 
 from ospnext.ops.rope import apply_rope
 
-_TRITON = find_spec("triton") is not None
-if _TRITON:
+TRITON = find_spec("triton") is not None
+if TRITON:
     from ospnext.ops import triton_kernels
 
 
@@ -42,7 +42,7 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) 
     Returns:
         Like ``x``.
     """
-    if _sampling(x):
+    if sampling(x):
         return triton_kernels.add_norm(x.contiguous(), None, None, scale, shift, eps)[1]
     normed = F.layer_norm(x.float(), (x.shape[-1],), eps=eps)
     return (normed * scale.float() + shift.float()).type_as(x)
@@ -50,7 +50,7 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) 
 
 def add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """The residual ``x + y · gate``: ``x, y [B, N, dim]``, ``gate [B, 1, dim]`` or none."""
-    if _sampling(x):
+    if sampling(x):
         return triton_kernels.add_norm(x.contiguous(), y.contiguous(), gate, None, None, 0.0)[0]
     return x + y if gate is None else (x.float() + y.float() * gate).type_as(x)
 
@@ -59,7 +59,7 @@ def add_norm(
     x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``add(x, y, gate)``, rounded to x's dtype, and ``norm`` of it."""
-    if _sampling(x):
+    if sampling(x):
         return triton_kernels.add_norm(x.contiguous(), y.contiguous(), gate, scale, shift, eps)
     x = add(x, y, gate)
     return x, norm(x, scale, shift, eps)
@@ -67,8 +67,8 @@ def add_norm(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of ``x [B, N, dim]`` over the last axis, times ``weight [dim]``."""
-    if _sampling(x):
-        return triton_kernels.rms_norm(x.contiguous(), weight, eps)
+    if sampling(x):
+        return triton_kernels.norm_rope(x.contiguous(), weight, None, eps)
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).type_as(x)
 
 
@@ -85,7 +85,7 @@ def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, eps: f
         ``[B, N, heads, head_dim]`` in x's dtype.
     """
     head_dim = table.shape[-1]
-    if _sampling(x):
+    if sampling(x):
         rotated = triton_kernels.norm_rope(x.contiguous(), weight, table.contiguous(), eps)
         return rotated.unflatten(-1, (-1, head_dim))
     return apply_rope(rms_norm(x, weight, eps).unflatten(-1, (-1, head_dim)), table)
@@ -126,11 +126,12 @@ def describe_fused(device: torch.device) -> str:
     """Which form runs when sampling on a device, for the report."""
     if device.type != "cuda":
         return "plain"
-    return "triton, fused" if _TRITON else "plain, and slower: Triton is not installed"
+    return "triton, fused" if TRITON else "plain, and slower: Triton is not installed"
 
 
-def _sampling(x: torch.Tensor) -> bool:
-    return _TRITON and x.is_cuda and not torch.is_grad_enabled() and x.numel() > 0
+def sampling(x: torch.Tensor) -> bool:
+    """Whether the kernels run on a tensor: sampling on CUDA."""
+    return TRITON and x.is_cuda and not torch.is_grad_enabled() and x.numel() > 0
 
 
 # An operator of its own: the compiler would take the product and its activation apart again.

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
+from ospnext.ops import attention8
 from ospnext.ops.attention import Attend
+from ospnext.ops.fp8 import E4M3, Held
 from ospnext.quant.config import QuantConfig, ReduceAmax
 from ospnext.quant.execution import amax, hold
 
@@ -13,7 +15,8 @@ class HiF8Attend(Attend):
     """Attention of rounded queries, keys and values; softmax and its products stay in the kernel's own numbers.
 
     What the kernel gets is rounded to HiF8, scaled back and, in half precision, rounded to that once more. The scale is
-    that of one sample's tensor, whatever ``QuantConfig.scaling`` says of linears.
+    that of one sample's tensor, whatever ``QuantConfig.scaling`` says of linears. Where ``quant.block`` has rounded
+    them already, as bytes of E4M3 with ``scales``, FP8 tensor cores do it all and give bytes back.
 
     Args:
         attend: what computes attention then.
@@ -24,6 +27,7 @@ class HiF8Attend(Attend):
         self.attend = attend
         self.quant = config
         self.reduce_amax: ReduceAmax | None = None
+        self.scales: tuple[torch.Tensor, ...] = ()  # of the queries, keys and values that come as bytes
 
     @property
     def kernel(self) -> str:
@@ -38,6 +42,9 @@ class HiF8Attend(Attend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...] | None = None
     ) -> torch.Tensor:
         """See ``ops.attention.attend``."""
+        if q.dtype is torch.uint8:
+            q8, k8, v8 = (Held(x.view(E4M3), scale) for x, scale in zip((q, k, v), self.scales, strict=True))
+            return attention8.attend(q8, k8, v8, segments).values.view(torch.uint8)
         q, k, v = (_Round.apply(x, self.quant, self.reduce_amax) for x in (q, k, v))
         return self.attend(q, k, v, segments)
 

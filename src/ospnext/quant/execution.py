@@ -4,41 +4,22 @@ A tensor is held as numbers of eight bits' worth and a scale to multiply them by
 every HiF8 number, and multiplies in float32; the others hold eight bits.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from ospnext.ops import fp8, hif8
+from ospnext.ops.fp8 import Held
 from ospnext.quant import ascend
 from ospnext.quant.config import Execution, QuantConfig, ReduceAmax
-
-_SMALLEST_AMAX = 2.0**-100  # so that a tensor of zeros has a scale, and every scale an inverse
-
-
-class Held(NamedTuple):
-    """HiF8 numbers as the products take them, and what they are to be multiplied by (float32, broadcasts)."""
-
-    values: torch.Tensor
-    inverse: torch.Tensor
-
-    def float(self) -> torch.Tensor:
-        """The numbers that are meant, in float32."""
-        return self.values.float() * self.inverse
 
 
 def amax(x: torch.Tensor, first: int, reduce: ReduceAmax | None = None) -> torch.Tensor:
     """The largest absolute number along all axes from ``first`` on, which stay with size 1; float32, NaN if any is.
 
     Args:
-        x: of any floating dtype; where it has no number the result is 0.
-        first: axes before it are kept.
+        x, first: as ``fp8.amax``.
         reduce: the largest over the processes that share x.
     """
-    kept = x.shape[:first] + (1,) * (x.ndim - first)
-    if x.numel():
-        largest = x.detach().abs().flatten(first).amax(-1).float().reshape(kept)
-    else:
-        largest = torch.zeros(kept, device=x.device)
+    largest = fp8.amax(x, first)
     return largest if reduce is None else reduce(largest)
 
 
@@ -47,10 +28,10 @@ def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float, execution: Ex
 
     What is larger still (a running largest number may be out of date) saturates where E4M3 does, in every execution.
     """
-    largest = largest.clamp(min=_SMALLEST_AMAX)
-    scale, inverse = scale_max / largest, largest / scale_max
     if execution == "fp8":
-        return Held(fp8.to_e4m3(x, scale, scale_max), inverse / fp8.headroom(scale_max))
+        return fp8.hold(x, largest, scale_max)
+    largest = largest.clamp(min=fp8.SMALLEST_AMAX)
+    scale, inverse = scale_max / largest, largest / scale_max
     limit = fp8.E4M3_MAX / fp8.headroom(scale_max)
     scaled = (x.detach().float() * scale).clamp(-limit, limit)
     if execution == "ascend":
@@ -59,7 +40,9 @@ def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float, execution: Ex
 
 
 def hold_codes(codes: torch.Tensor, inverse: torch.Tensor, config: QuantConfig) -> Held:
-    """The same of HiF8 codes that were made with ``scale_max_forward``."""
+    """The same of HiF8 codes, or of E4M3 made of them, that were made with ``scale_max_forward``."""
+    if codes.dtype is fp8.E4M3:
+        return Held(codes, inverse / fp8.headroom(config.scale_max_forward))
     if config.execution == "fp8":
         factor = fp8.headroom(config.scale_max_forward)
         return Held(fp8.codes_to_e4m3(codes, config.scale_max_forward), inverse / factor)
@@ -68,11 +51,23 @@ def hold_codes(codes: torch.Tensor, inverse: torch.Tensor, config: QuantConfig) 
     return Held(hif8.decode(codes).bfloat16(), inverse)
 
 
-def matmul(a: Held, b: Held, execution: Execution, dtype: torch.dtype) -> torch.Tensor:
-    """``a @ b.T`` of what is meant by ``a [M, K]``, one scale or ``[M, 1]``, and ``b [N, K]``, one scale."""
+def matmul(
+    a: Held,
+    b: Held,
+    execution: Execution,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    fast: bool = False,
+) -> torch.Tensor:
+    """``a @ b.T + bias`` of what is meant by ``a [M, K]``, one scale or ``[M, 1]``, and ``b [N, K]``, one scale.
+
+    ``fast`` is of ``fp8.scaled_mm``.
+    """
     if execution == "fp8":
-        return fp8.scaled_mm(a.values, b.values, a.inverse, b.inverse, dtype)
+        return fp8.scaled_mm(a.values, b.values, a.inverse, b.inverse, dtype, bias, fast)
     if execution == "ascend":
-        return ascend.matmul(a.values, b.values, a.inverse, b.inverse, dtype)
+        out = ascend.matmul(a.values, b.values, a.inverse, b.inverse, dtype)
+        return out if bias is None else out + bias
     with torch.autocast(a.values.device.type, enabled=False):  # it would multiply in half precision
-        return (a.values.float() @ b.values.float().t() * (a.inverse * b.inverse)).to(dtype)
+        out = a.values.float() @ b.values.float().t() * (a.inverse * b.inverse)
+        return (out if bias is None else out + bias).to(dtype)

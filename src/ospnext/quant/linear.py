@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ospnext.ops import hif8
+from ospnext.ops.fp8 import codes_to_e4m3
 from ospnext.quant.config import QuantConfig, ReduceAmax
 from ospnext.quant.execution import Held, amax, hold, hold_codes, matmul
 
@@ -54,6 +55,10 @@ class HiF8Linear(nn.Linear):
         """The running largest numbers and, in training, where to note what is seen."""
         return self._buffers.get(AMAX), self._buffers.get(SEEN) if self.training else None
 
+    def held_weight(self) -> Held:
+        """The weight ``[out_features, in_features]`` as the products take it."""
+        return _hold_weight(self.weight, self._buffers.get(SCALE), self.quant)
+
     def advance(self) -> None:
         """A step is over: the running largest numbers take in what was seen."""
         running, seen = self._buffers[AMAX], self._buffers[SEEN]
@@ -72,6 +77,7 @@ class HiF8StoredLinear(HiF8Linear):
     """The same for sampling and for adapters, with a weight of eight bits in memory, which is not trained itself.
 
     Its ``weight`` holds uint8 codes and its buffer ``weight_scale`` one float32: ``decode(weight) * weight_scale``.
+    ``unpack`` makes E4M3 of the codes, once for all products; such a layer is not saved any more.
 
     Args:
         linear: gives sizes, bias and, unless it is on meta, the weight.
@@ -83,6 +89,12 @@ class HiF8StoredLinear(HiF8Linear):
         codes, scale = encode_weight(linear.weight, config.scale_max_forward)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer(SCALE, scale)
+
+    def unpack(self) -> None:
+        """Hold the weight as FP8 tensor cores take it. Numbers below some millionths of the largest lose their code."""
+        if self.weight.dtype is torch.uint8:
+            values = codes_to_e4m3(self.weight, self.quant.scale_max_forward)
+            self.weight = nn.Parameter(values, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves as usual; a cast leaves the scale float32."""
@@ -129,15 +141,13 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         held_x = _hold_rows(_samples(x), 0, running, seen, config, reduce)
         held_w = _hold_weight(weight, scale, config)
-        out = torch.cat([matmul(part, held_w, config.execution, _wide(x, config)) for part in _parts(held_x)])
-        if bias is not None:
-            out = out + bias
+        out = product(held_x, held_w, config, _out_dtype(x), bias)
         keep_x = held_x if weight.requires_grad else Held(x.new_empty(0), x.new_empty(0))
         ctx.save_for_backward(*keep_x, weight, scale)
         ctx.running, ctx.seen = running, seen  # as they are then, not now
         ctx.config, ctx.reduce = config, reduce
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        return out.to(_out_dtype(x)).view(*x.shape[:-1], len(weight))
+        return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -155,6 +165,12 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_bias = held_g.float().sum((0, 1)).to(ctx.bias_dtype)
         return to_x, to_weight, to_bias, None, None, None, None, None
+
+
+def product(x: Held, weight: Held, config: QuantConfig, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
+    """The forward product of activations ``[S, M, K]`` and a weight ``[N, K]``: ``[S, M, N]`` in dtype."""
+    parts = [matmul(part, weight, config.execution, dtype, bias, fast=True) for part in _parts(x)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.values.shape[:-1], len(weight.values))
 
 
 def _samples(x: torch.Tensor) -> torch.Tensor:
@@ -216,8 +232,3 @@ def _out_dtype(x: torch.Tensor) -> torch.dtype:
     """A linear's: its input's, or autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _wide(x: torch.Tensor, config: QuantConfig) -> torch.dtype:
-    """What a product is given back in: float32 where the bias is added to it unrounded."""
-    return torch.float32 if config.execution == "emulation" else _out_dtype(x)

@@ -1,0 +1,125 @@
+"""What stands between a block's products and its attention where those are HiF8 on FP8 tensor cores.
+
+The functions of ``fused.py`` whose results are multiplied next, with results rounded to HiF8 and held as E4M3: one pass
+over memory on CUDA where the largest number is known or each token has its own, two where it has to be found first,
+the first of which writes nothing. The plain forms are the functions of ``fused.py`` followed by ``fp8.hold``; both
+forms round to x's dtype in between, so fusing changes no number.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ospnext.ops import fp8, fused
+from ospnext.ops.fp8 import Held
+
+if fused.TRITON:
+    from ospnext.ops import triton_kernels
+
+_LARGEST_FACTOR = 16.0  # the kernels leave out numbers that are zero in E4M3 up to here
+
+
+class Target(NamedTuple):
+    """How a result is scaled before it is rounded.
+
+    Attributes:
+        scale_max: what the largest number is scaled to.
+        by: ``tensor``: by the largest of each sample. ``token``: by the largest of each token. Or the largest numbers
+            themselves, float32 with one element or one for each sample.
+        reduce: of ``tensor``: the largest over the processes that share the result.
+    """
+
+    scale_max: float
+    by: Literal["tensor", "token"] | torch.Tensor = "tensor"
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def found(self, largest: torch.Tensor) -> "Target":
+        """With the largest numbers of this process's part of the result, ``[B]``."""
+        return self._replace(by=largest if self.reduce is None else self.reduce(largest))
+
+
+def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, to: Target) -> Held:
+    """``fused.norm`` of ``x [B, N, dim]``, held."""
+    if not _kernels(x, to):
+        return _hold(fused.norm(x, scale, shift, eps), to)
+    return _passes(x, to, lambda into: triton_kernels.add_norm(x.contiguous(), None, None, scale, shift, eps, into)[1])
+
+
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    to: Target,
+) -> tuple[torch.Tensor, Held]:
+    """``fused.add_norm``: the sum as it is, its norm held."""
+    if not _kernels(x, to):
+        total, normed = fused.add_norm(x, y, gate, scale, shift, eps)
+        return total, _hold(normed, to)
+    if isinstance(to.by, str) and to.by == "tensor":  # the sum is written once, while the largest is looked for
+        into = triton_kernels.Into.largest_of(x, to.scale_max)
+        total, _ = triton_kernels.add_norm(x.contiguous(), y.contiguous(), gate, scale, shift, eps, into)
+        return total, norm(total, scale, shift, eps, to.found(into.largest()))
+    into = triton_kernels.Into.of(x, to.scale_max, to.by)
+    total, values = triton_kernels.add_norm(x.contiguous(), y.contiguous(), gate, scale, shift, eps, into)
+    return total, Held(values, into.inverse)
+
+
+def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor | None, eps: float, to: Target) -> Held:
+    """``fused.norm_rope`` of ``x [B, N, dim]``, or ``fused.rms_norm`` without a table: values ``[B, N, dim]``."""
+    if not _kernels(x, to):
+        if table is None:
+            return _hold(fused.rms_norm(x, weight, eps), to)
+        return _hold(fused.norm_rope(x, weight, table, eps).flatten(2), to)
+    table = None if table is None else table.contiguous()
+    return _passes(x, to, lambda into: triton_kernels.norm_rope(x.contiguous(), weight, table, eps, into))
+
+
+def gelu(x: torch.Tensor, to: Target) -> Held:
+    """GELU (tanh) of ``x [B, N, dim]``, held."""
+    if not _kernels(x, to):
+        return _hold(F.gelu(x, approximate="tanh"), to)
+    return _passes(x, to, lambda into: triton_kernels.activate(x.contiguous(), None, True, x.dtype, into))
+
+
+def hold(x: torch.Tensor, to: Target) -> Held:
+    """``x [B, N, dim]``, held."""
+    if not _kernels(x, to):
+        return _hold(x, to)
+    return _passes(x, to, lambda into: triton_kernels.activate(x.contiguous(), None, False, x.dtype, into))
+
+
+def hold_again(x: Held, dtype: torch.dtype, to: Target) -> Held:
+    """``x``, values ``[B, N, dim]`` with one scale for each sample, rounded to ``dtype`` and held in another scale."""
+    if not _kernels(x.values, to):
+        return _hold(x.float().to(dtype), to)
+    scale = x.inverse.reshape(-1).contiguous()
+    return _passes(x.values, to, lambda into: triton_kernels.activate(x.values, scale, False, dtype, into))
+
+
+def _passes(x: torch.Tensor, to: Target, run: Callable[..., torch.Tensor]) -> Held:
+    """One pass that rounds, after one that finds the largest where that has to be."""
+    if isinstance(to.by, str) and to.by == "tensor":
+        looking = triton_kernels.Into.largest_of(x, to.scale_max)
+        run(looking)
+        to = to.found(looking.largest())
+    into = triton_kernels.Into.of(x, to.scale_max, to.by)
+    return Held(run(into), into.inverse)
+
+
+def _hold(x: torch.Tensor, to: Target) -> Held:
+    """The plain form: ``x [B, N, dim]``."""
+    if isinstance(to.by, str) and to.by == "token":
+        return fp8.hold(x, fp8.amax(x, 2), to.scale_max)
+    by = to.found(fp8.amax(x, 1).flatten()).by if isinstance(to.by, str) else to.by
+    assert isinstance(by, torch.Tensor)
+    return fp8.hold(x, by.reshape(-1, 1, 1), to.scale_max)
+
+
+def _kernels(x: torch.Tensor, to: Target) -> bool:
+    """Whether the kernels run: sampling on CUDA, with numbers that fit their rounding."""
+    return fused.sampling(x) and fp8.headroom(to.scale_max) <= _LARGEST_FACTOR
