@@ -122,6 +122,24 @@ COMMANDS: dict[str, Command] = {
         arguments=("src", "dst"),
         examples=("quantize checkpoints/osp_next_14b checkpoints/osp_next_14b_hif8", "quantize shapes out/shapes_hif8"),
     ),
+    "merge-lora": Command(
+        "merge a LoRA into a model's weights",
+        "ospnext.prepare.merge_lora:MergeLoraConfig",
+        "ospnext.prepare.merge_lora:run",
+        arguments=("base", "adapter", "dst"),
+        examples=(
+            "merge-lora checkpoints/osp_next_14b runs/lora/adapter out/merged",
+            "merge-lora shapes style.safetensors out/merged scale=0.8",
+        ),
+    ),
+    "convert-lora": Command(
+        "write a LoRA under other programs' names",
+        "ospnext.prepare.merge_lora:ConvertLoraConfig",
+        "ospnext.prepare.merge_lora:convert",
+        options={"--to": "to"},
+        arguments=("src", "dst"),
+        examples=("convert-lora runs/lora/adapter out/style.safetensors --to comfyui",),
+    ),
     "plan": Command(
         "say what a run needs: memory, traffic, time",
         "ospnext.prepare.plan:PlanConfig",

@@ -3,7 +3,9 @@
 parts = load_pipeline_components("checkpoints/Wan2.1-T2V-1.3B", transformer_dtype=torch.bfloat16, device="cuda")
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +25,7 @@ from ospnext.checkpoints.load import (
     load_vae,
 )
 from ospnext.checkpoints.read import CheckpointError, read_json, sound_settings
+from ospnext.checkpoints.save import new_folder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
 EMBEDDED = Path(ospnext.__file__).parent / "assets" / "shapes"
@@ -41,6 +44,42 @@ _SCHEDULERS: dict[str, Any] = {
 def pipeline_folder(name: str | Path) -> Path:
     """The folder a pipeline's name means: ``shapes`` is the embedded model (a folder of that name is ``./shapes``)."""
     return EMBEDDED if str(name) == "shapes" else Path(name)
+
+
+@contextmanager
+def pipeline_beside(source: Path, target: Path, overwrite: bool) -> Iterator[Path]:
+    """A draft of a pipeline folder in which the block writes ``transformer/``; all else is copied from another.
+
+    Args:
+        source: a pipeline folder.
+        target: where the draft goes when the block ends well; there is nothing of it when not.
+        overwrite: replace a pipeline folder that is there.
+
+    Raises:
+        CheckpointError: no pipeline folder, or something is in the way.
+    """
+    find_components(source)
+    if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
+        way = "choose another folder" if not overwrite else "it is no pipeline folder: choose another"
+        raise CheckpointError(f"{target}: exists; {way}" + ("" if overwrite else ", or set overwrite=true"))
+    with new_folder(target) as folder:
+        yield folder
+        for part in sorted(source.iterdir()):
+            if part.is_dir() and part.name != "transformer":
+                shutil.copytree(part, folder / part.name)
+            elif part.is_file():
+                shutil.copy2(part, folder / part.name)
+
+
+def not_inside(target: Path, source: Path) -> None:
+    """Refuse to write into what is read.
+
+    Raises:
+        CheckpointError: ``target`` is ``source``, in it or around it.
+    """
+    target, source = target.resolve(), source.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise CheckpointError(f"{target}: is the source, or in it: write somewhere else")
 
 
 class ComponentPaths(NamedTuple):

@@ -8,18 +8,18 @@ put on it (``lora``) or merged into it (``merge``).
 """
 
 import json
-import math
-import re
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ospnext.checkpoints.formats import diffusers_name
+from ospnext.checkpoints.lora_alpha import CONFIG, alpha_of, config_of
 from ospnext.checkpoints.lora_keys import (
     ALPHA,
     ALWAYS_WITH_ALPHA,
@@ -30,12 +30,16 @@ from ospnext.checkpoints.lora_keys import (
     Keys,
     read_keys,
 )
-from ospnext.checkpoints.read import CheckpointError, WeightFile, list_names, read_json
+from ospnext.checkpoints.read import CheckpointError, WeightFile, list_names
 from ospnext.checkpoints.save import let_others_read, new_folder
 
-WEIGHTS, TORCH_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-_FILES = (WEIGHTS, TORCH_WEIGHTS, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-_METADATA = "lora_adapter_metadata"  # diffusers' name for PEFT's config in a file's header
+WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+WRITTEN = ("peft", "diffusers", "comfyui")
+"""Styles that are written."""
+
+_PEFT_FILES = (WEIGHTS, TORCH_WEIGHTS, CONFIG)
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
+_FOUND = (WEIGHTS, TORCH_WEIGHTS, _DIFFUSERS, "pytorch_lora_weights.bin")
 
 
 class Size(NamedTuple):
@@ -121,7 +125,7 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
             other, or an alpha that is missing.
     """
     file = find_adapter(Path(path))
-    config = _config_of(file)
+    config = config_of(file)
     weights = WeightFile(file)
     # The names as they are in the file: what they begin with tells the style.
     prefix = weights.prefix
@@ -158,7 +162,7 @@ def find_adapter(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    for name in _FILES:
+    for name in _FOUND:
         if (path / name).is_file():
             return path / name
     others = sorted(path.glob("*.safetensors"))
@@ -188,7 +192,7 @@ def _put_together(
                 f"{file}: A and B of {module} are {list(down.shape)} and {list(up.shape)}: they do not make a "
                 "product; the file is damaged"
             )
-        own = _alpha_of(file, module, len(down), parts, config, alpha)
+        own = alpha_of(file, module, len(down), parts, config, alpha)
         if own is None:
             unknown.append(module)
         pairs[module] = Pair(down, up, float(len(down)) if own is None else own)
@@ -198,74 +202,6 @@ def _put_together(
             "beside it, or say alpha=N (rank, if the trainer had none)"
         )
     return Adapter(pairs, diffs, str(file), keys.style)
-
-
-def _alpha_of(
-    file: Path, module: str, rank: int, parts: Mapping[str, Tensor], config: Mapping[str, Any], default: float | None
-) -> float | None:
-    """Alpha of a linear: the file's own, that of its config, or ``default``.
-
-    Raises:
-        CheckpointError: the config is of another rank, or alpha is no number above zero.
-    """
-    alpha = default
-    if ALPHA in parts:
-        if parts[ALPHA].numel() != 1:
-            raise CheckpointError(f"{file}: alpha of {module} is no single number, but {list(parts[ALPHA].shape)}")
-        alpha = float(parts[ALPHA])
-    elif "lora_alpha" in config:
-        said = _by_pattern(config.get("rank_pattern"), module, config.get("r", rank))
-        if said != rank:
-            raise CheckpointError(f"{file}: A of {module} has rank {rank}, but r is {said} in its config")
-        alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-        if not isinstance(alpha, int | float):
-            raise CheckpointError(f"{file}: lora_alpha is {alpha!r} in its config: it should be a number")
-        alpha = float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1)
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise CheckpointError(f"{file}: alpha of {module} is {alpha:g}: it should be above zero")
-    return alpha
-
-
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that a name ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"^(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _config_of(file: Path) -> dict[str, Any]:
-    """PEFT's config of an adapter: the file beside it, else what its header says; empty where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of another method than LoRA.
-    """
-    place = file.with_name(CONFIG)
-    if place.is_file():
-        config = read_json(place)
-    else:
-        config, place = _header_config(file), file
-    if (method := config.get("peft_type", "LORA")) != "LORA":
-        raise CheckpointError(f"{place}: peft_type is {method}: only LORA is supported")
-    for key in ("use_dora", "modules_to_save", "layers_pattern", "trainable_token_indices", "lora_bias"):
-        if config.get(key):
-            raise CheckpointError(f"{place}: {key} is {config[key]!r}, which is not supported: merge it with PEFT")
-    return config
-
-
-def _header_config(file: Path) -> dict[str, Any]:
-    if file.suffix != ".safetensors":
-        return {}
-    _ = WeightFile(file).tensors  # refuses what is no safetensors file in our words
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get(_METADATA)
-    if text is None:
-        return {}
-    try:
-        said = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {_METADATA} in its header is not valid JSON ({error})") from error
-    return {key.removeprefix("transformer."): value for key, value in said.items()} if isinstance(said, dict) else {}
 
 
 def _numbers(file: Path, module: str, tensor: Tensor) -> Tensor:
@@ -285,30 +221,63 @@ def _numbers(file: Path, module: str, tensor: Tensor) -> Tensor:
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_adapter(adapter: Adapter, folder: str | Path, base: str | None = None, torch_file: bool = False) -> None:
-    """Write an adapter as PEFT does: ``adapter_model.safetensors`` and ``adapter_config.json``, whole or not at all.
+def write_adapter(
+    adapter: Adapter, path: str | Path, to: str = "peft", base: str | None = None, torch_file: bool = False
+) -> Path:
+    """Write an adapter, whole or not at all.
 
     Args:
         adapter: what to write.
-        folder: to make; what is there already is replaced.
-        base: the model it belongs to, as a remark in its config.
-        torch_file: also write ``adapter_model.bin`` under OSP-Next's names, for its tools.
+        path: for peft a folder, which gets ``adapter_model.safetensors`` and ``adapter_config.json`` and replaces an
+            adapter that is there; for diffusers a folder, which gets ``pytorch_lora_weights.safetensors``, or a
+            ``.safetensors`` file; for comfyui a ``.safetensors`` file.
+        to: one of ``WRITTEN``. In diffusers' style alpha is the rank, and what it was is in B.
+        base: peft: the model it belongs to, as a remark in its config.
+        torch_file: peft: also write ``adapter_model.bin`` under OSP-Next's names, for its tools.
+
+    Returns:
+        The folder or file that was written.
 
     Raises:
-        CheckpointError: the adapter holds what this style cannot.
+        CheckpointError: no such style, the adapter holds what this style cannot, or the name does not fit it.
         OSError: it cannot be written.
     """
-    with new_folder(Path(folder).absolute()) as draft:
-        write_into(adapter, draft, base, torch_file)
+    target = Path(path).absolute()
+    if to not in WRITTEN:
+        raise CheckpointError(f"style {to!r} is not written: use {', '.join(WRITTEN)}")
+    if adapter.diffs and to != "comfyui":
+        raise CheckpointError(
+            f"{adapter.source}: holds {len(adapter.diffs)} differences beside A and B, such as "
+            f"{next(iter(adapter.diffs))}, for which {to} has no keys: write comfyui, or merge it (ospnext merge-lora)"
+        )
+    if to == "peft":
+        if target.is_file() or target.suffix == ".safetensors":
+            raise CheckpointError(f"{target}: peft's style is a folder, not a file: give another name")
+        foreign = [p.name for p in target.iterdir() if p.name not in _PEFT_FILES] if target.is_dir() else []
+        if foreign:
+            raise CheckpointError(f"{target}: holds {list_names(foreign, 3)}, no adapter's: name another folder")
+        with new_folder(target) as draft:
+            write_into(adapter, draft, base, torch_file)
+        return target
+    if target.suffix != ".safetensors":
+        if to == "comfyui" or target.is_file():
+            raise CheckpointError(f"{target}: a single file of {to}'s style must end in .safetensors")
+        target = target / _DIFFUSERS
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        tensors = _comfyui_tensors(adapter) if to == "comfyui" else _diffusers_tensors(adapter)
+        save_file(tensors, partial, metadata=_header(adapter, to))
+        let_others_read(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 def write_into(adapter: Adapter, folder: Path, base: str | None = None, torch_file: bool = False) -> None:
-    """``write_adapter`` into a folder that is there, which the caller makes whole."""
-    if adapter.diffs:
-        raise CheckpointError(
-            f"{adapter.source}: holds {len(adapter.diffs)} differences beside A and B, such as "
-            f"{next(iter(adapter.diffs))}: PEFT has none, merge it instead (ospnext merge-lora)"
-        )
+    """Peft's style into a folder that is there, which the caller makes whole."""
+    assert not adapter.diffs, "PEFT has no keys for them"
     save_file(_named(adapter, "base_model.model.{}.lora_{}.weight"), folder / WEIGHTS, metadata={"format": "pt"})
     let_others_read(folder / WEIGHTS)
     if torch_file:
@@ -341,6 +310,38 @@ def _named(adapter: Adapter, pattern: str) -> dict[str, Tensor]:
     for name, pair in adapter.pairs.items():
         named |= {pattern.format(name, "A"): pair.down.contiguous(), pattern.format(name, "B"): pair.up.contiguous()}
     return named
+
+
+def _comfyui_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    named = _named(adapter, "diffusion_model.{}.lora_{}.weight")
+    named |= {f"diffusion_model.{name}.alpha": torch.tensor(pair.alpha) for name, pair in adapter.pairs.items()}
+    ends = {"weight": WEIGHT_DIFF, "bias": BIAS_DIFF}
+    for name, diff in adapter.diffs.items():
+        module, _, leaf = name.rpartition(".")
+        named[f"diffusion_model.{module}.{ends[leaf]}"] = diff.contiguous()
+    return named
+
+
+def _diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Under diffusers' names, alpha taken into B: not all who read this style look for it anywhere."""
+    pairs = {
+        diffusers_name(f"{name}.weight").removesuffix(".weight"): pair._replace(
+            up=(pair.up.float() * (pair.alpha / len(pair.down))).to(pair.up.dtype), alpha=float(len(pair.down))
+        )
+        for name, pair in adapter.pairs.items()
+    }
+    return _named(Adapter(pairs), "transformer.{}.lora_{}.weight")
+
+
+def _header(adapter: Adapter, to: str) -> dict[str, str]:
+    """Rank and alpha for those who read headers: diffusers, and people."""
+    ranks = sorted({len(pair.down) for pair in adapter.pairs.values()})
+    alphas = ranks if to == "diffusers" else sorted({pair.alpha for pair in adapter.pairs.values()})
+    said = {"format": "pt"}
+    for key, values in (("rank", ranks), ("alpha", alphas)):
+        if len(values) == 1:
+            said[key] = f"{values[0]:g}"
+    return said
 
 
 def _plain(value: float) -> float | int:

@@ -8,9 +8,7 @@ HiF8 unless ``model_config.quant: none`` asks for plain numbers, and gives exact
 Tensors are streamed: memory holds one shard.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +17,12 @@ from pydantic import Field
 from rich.progress import track
 from torch import nn
 
-from ospnext.checkpoints.components import find_components, pipeline_folder
+from ospnext.checkpoints.components import not_inside, pipeline_beside, pipeline_folder
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
 from ospnext.checkpoints.quantised import decoded, running_names, said_of
 from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo
-from ospnext.checkpoints.save import Source, check_target, new_folder, write_checkpoint
+from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
 from ospnext.device import resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -66,13 +64,13 @@ def run(config: QuantizeConfig) -> str:
         raise CheckpointError("model_config.quant is none: there is nothing to quantise, use ospnext convert")
     if chosen.scaling == "running":
         raise CheckpointError("model_config.quant_scaling running comes from training, not from here: use tensor")
-    if target == source.resolve() or target in source.resolve().parents or source.resolve() in target.parents:
-        raise CheckpointError(f"{target}: is the source, or in it: write somewhere else")
+    not_inside(target, source)
     dtype = None if config.dtype is None else resolve_dtype(config.dtype)
     options = (chosen, dtype, config.max_shard_size)
     settings = config.transformer_config.architecture()
     if (source / "model_index.json").is_file():
-        written = _quantize_pipeline(source, target, config.overwrite, options, settings)
+        with pipeline_beside(source, target, config.overwrite) as folder:
+            written = quantize_transformer(source / "transformer", folder / "transformer", *options, **settings)
     else:
         check_target(target, "osp", config.overwrite)
         written = quantize_transformer(source, target, *options, config.overwrite, **settings)
@@ -171,29 +169,6 @@ def _counted(get: Callable[[str], torch.Tensor], total: int) -> Callable[[str], 
         return get(name)
 
     return counting
-
-
-def _quantize_pipeline(
-    source: Path,
-    target: Path,
-    overwrite: bool,
-    options: tuple[QuantConfig, torch.dtype | None, int],
-    settings: Mapping[str, Any],
-) -> Written:
-    """A pipeline folder beside the source: its transformer in 8 bits, all else copied; whole or not at all."""
-    find_components(source)
-    if target.exists() and not (overwrite and (target / "model_index.json").is_file()):
-        way = "choose another folder" if not overwrite else "it is no pipeline folder: choose another"
-        raise CheckpointError(f"{target}: exists; {way}" + ("" if overwrite else ", or set overwrite=true"))
-    with ExitStack() as stack:
-        folder = stack.enter_context(new_folder(target))
-        written = quantize_transformer(source / "transformer", folder / "transformer", *options, **settings)
-        for part in sorted(source.iterdir()):
-            if part.is_dir() and part.name != "transformer":
-                shutil.copytree(part, folder / part.name)
-            elif part.is_file():
-                shutil.copy2(part, folder / part.name)
-    return written
 
 
 def _summary(target: Path, written: Written) -> str:

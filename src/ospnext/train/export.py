@@ -89,7 +89,7 @@ def trained_adapter(state: Path) -> bool:
 def export_adapter(config: TrainConfig, state: Path, to: Path, weights: str = "average") -> None:
     """Save the adapter of a state as PEFT does; arguments and errors as ``export_pipeline``."""
     base = config.model or config.transformer_config.pretrained_model_dir_or_checkpoint
-    write_adapter(adapter_in(state, weights), to, base)
+    write_adapter(adapter_in(state, weights), to, base=base)
 
 
 def adapter_in(state: Path, weights: str) -> Adapter:
