@@ -179,7 +179,7 @@ class Grading:
 def figures(run: Run, path: Path) -> dict[str, Any]:
     """What a file of marks says, beside the dense model's."""
     from ospnext.evaluate.paired import paired_difference
-    from ospnext.evaluate.share import share
+    from ospnext.shapes.share import share
 
     record = json.loads(path.read_text())
     found, dense = record["marks"], json.loads(run.marks(None, -1).read_text())["marks"]

@@ -8,7 +8,7 @@ import pytest
 
 from ospnext.cli import main
 from ospnext.evaluate.paired import mean_of, paired_difference, psnr, ssim
-from ospnext.evaluate.share import share
+from ospnext.shapes.share import share
 
 
 def pairs(both: int, only_first: int, only_second: int, neither: int) -> tuple[list[bool], list[bool]]:

@@ -12,10 +12,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from ospnext.cli import main
 from ospnext.config import ConfigError, load_config
 from ospnext.evaluate.shapes import EvaluateShapesConfig, generate, summarise
-from ospnext.evaluate.share import Share, share
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.shapes.grading import VIDEOS_PER_PROCESS, grade_all, one_thread
 from ospnext.shapes.render import render
+from ospnext.shapes.share import Share, share
 from ospnext.shapes.world import World, is_held_out, sample_scene
 
 

@@ -15,6 +15,7 @@ from processes import Processes
 
 from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.generate.pipeline import OSPNextPipeline
+from ospnext.media import read_video
 from ospnext.parallel.state import newest, step_of
 
 Group = Callable[[int], Processes]
@@ -108,6 +109,28 @@ def test_an_adapter_s_run_is_that_of_one_process(processes: Group, paths: Any, t
     one, two = (read_adapter(tmp_path / run / "adapter").pairs for run in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[name].up, two[name].up, atol=2e-5, rtol=2e-4) for name in one)
+
+
+@pytest.mark.parametrize("sharing", [SSP2 | batch(1, 4), batch(2, 1)], ids=["one video", "two videos"])
+def test_videos_along_the_way_are_those_of_one_process(
+    sharing: dict[str, Any], processes: Group, paths: Any, expected: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    section = {"interval": 2, "prompts": tmp_path / "prompts.txt", "num_videos": 3, "num_inference_steps": 2}
+    values = paths | {f"validation_config.{key}": value for key, value in section.items()}
+    values |= {"validation_config.guidance_scale": 2.0, "reshard_after_forward": False}
+    assert cases.train(0, 1, values | {"output_dir": tmp_path / "one"}) == ""
+    values |= sharing | {"fsdp_size": 2, "output_dir": tmp_path / "two"}
+    assert set(processes(2).run(cases.train, 2, values, seconds=PATIENCE)) == {""}
+    for name in ("one", "two"):
+        hold(cases.outcome(tmp_path / name), expected)  # of a run without any
+        assert len(list((tmp_path / name / "validation").glob("*/*.mp4"))) == 2 * 3
+    apart = []
+    for video in sorted((tmp_path / "one/validation").glob("*/*.mp4")):
+        other = read_video(tmp_path / "two/validation" / video.parent.name / video.name).frames
+        apart.append(abs(read_video(video).frames.astype(int) - other).mean())
+    assert max(apart) < 1, "a colour that is rounded otherwise moves the codec a little"
+    assert apart.count(0) >= 3
 
 
 @pytest.mark.long

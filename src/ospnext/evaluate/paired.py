@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ospnext.evaluate.share import Z, share
+from ospnext.shapes.share import Z, share
 
 
 class Difference(NamedTuple):

@@ -19,7 +19,6 @@ from rich.table import Table
 
 from ospnext.config import Config
 from ospnext.device import device_label, dtype_label, resolve_device, working_dtype
-from ospnext.evaluate.share import Share, share
 from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
@@ -31,6 +30,7 @@ from ospnext.sections import AttentionKernel, DType
 from ospnext.shapes.captions import caption
 from ospnext.shapes.grade import Grade
 from ospnext.shapes.grading import grade_all
+from ospnext.shapes.share import Share, share
 from ospnext.shapes.world import Scene, World, sample_scene
 
 ATTRIBUTES = ("count", "shape", "colour", "motion", "relation", "pan")

@@ -98,7 +98,8 @@ def linear_gelu(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         x: ``[B, N, inputs]``.
         layer: ``nn.Linear``, or a layer that stands in its place, which is then called as it is.
     """
-    if type(layer) is nn.Linear and layer.bias is not None and x.is_cuda and not torch.is_grad_enabled():
+    plain = type(layer) is nn.Linear and layer.bias is not None and layer.weight.dtype == x.dtype  # not under autocast
+    if plain and x.is_cuda and not torch.is_grad_enabled():
         return _linear_gelu(x, layer.weight, layer.bias)
     return F.gelu(layer(x), approximate="tanh")
 

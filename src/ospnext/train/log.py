@@ -30,7 +30,7 @@ class Tracker(Protocol):
     def log(self, values: dict, step: int | None = None) -> None:
         """One line."""
 
-    def log_images(self, values: dict, step: int | None = None) -> None:
+    def log_images(self, values: dict, step: int | None = None, **how: Any) -> None:
         """Pictures ``[N, H, W, 3]``, uint8, by name."""
 
     def finish(self) -> None:
@@ -79,7 +79,7 @@ class Log:
         self.device = device
         if launch.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_log(self.path, step)
+            cut_log(self.path, step)
         self._begin()
 
     def _begin(self) -> None:
@@ -121,11 +121,16 @@ class Log:
         loss = means.get("loss", math.nan)
         return f"training, loss {loss:.4f}"
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last line that was not spent on steps."""
+        self.since += seconds
+
     def images(self, values: Mapping[str, Any], step: int) -> None:
         """Show pictures in the trackers."""
         for tracker in self.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images(dict(values), step=step)
+                how = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}
+                tracker.log_images(dict(values), step=step, **how)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Show numbers in the trackers that are no losses."""
@@ -170,7 +175,7 @@ def _most_memory(device: torch.device) -> int:
     return torch.accelerator.max_memory_allocated(device)
 
 
-def _cut_log(path: Path, step: int) -> None:
+def cut_log(path: Path, step: int) -> None:
     """Take out the lines after ``step``: a run that was killed lost these steps, and they come again."""
     if not path.exists():
         return

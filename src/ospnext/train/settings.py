@@ -90,6 +90,27 @@ class DistillationConfig(Config):
         return self
 
 
+class ValidationConfig(Config):
+    """Videos of the averaged weights along the way, always of the same prompts and noise."""
+
+    interval: int | None = Field(
+        default=None, ge=1, description="steps between videos, which also come at the end; empty: none"
+    )
+    prompts: str | None = Field(
+        default=None,
+        description="file with a prompt a line, or a prompt; the shapes dataset has its own, of held-out scenes that "
+        "are graded",
+    )
+    num_videos: int = Field(default=4, ge=1, description="videos each time: the first so many prompts")
+    seed: int = Field(default=1, ge=0, lt=2**62, description="of the noise; video i has seed + i")
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, description="sampling steps; default: 20 for shapes, else 50"
+    )
+    guidance_scale: float | None = Field(default=None, ge=0, description="guidance; default: 4 for shapes, else 5")
+    shift: float | None = Field(default=None, gt=0, description="of the noise levels; default: 3 for shapes, else 7")
+    save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
+
+
 class TrackerConfig(Config):
     """The run in wandb; it is on where a project is named and the package is there."""
 
@@ -139,6 +160,7 @@ class TrainConfig(RunConfig):
         default=("tensorboard",), description="accelerate's trackers that get the log besides train_log.jsonl"
     )
     wandb_config: TrackerConfig = TrackerConfig()
+    validation_config: ValidationConfig = ValidationConfig()
     train_text_encoder: bool = Field(default=False, description="train the text encoder along")
     scheduler_config: NoiseConfig = NoiseConfig()
     data_config: DataConfig = DataConfig()

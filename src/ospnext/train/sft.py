@@ -39,6 +39,7 @@ from ospnext.train.parts import Components, Job, arrange, build, open_feed, sett
 from ospnext.train.settings import NoiseConfig, TrainConfig
 from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
+from ospnext.train.validate import ask, open_validation
 
 LEVELS = 4  # ranges of the noise level that the loss is logged for
 
@@ -58,6 +59,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
     job = agree(launch, lambda: settle(config, launch))
     agree(launch, lambda: check_teacher(config, job))
     names, said = agree(launch, lambda: tracker_names(config))
+    asked = agree(launch, lambda: ask(config))
     with ExitStack() as folder:
         agree(launch, lambda: open_folder(folder, config) if launch.first else None)
         crew = arrange(config, job)
@@ -66,13 +68,14 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
         feed = agree(launch, lambda: open_feed(config, job, parts, crew))
         if launch.first:
             report(config, job, parts, [*job.notices, *said, *([] if teacher is None else [str(teacher)])])
+        validation = agree(launch, lambda: open_validation(config, job, parts, crew, launch, asked))
         meter = Meter(peak_flops(job.device, resolve_dtype(config.weight_dtype)))
         around = Surroundings(
             launch,
             feed,
             (lambda state: open_trackers(names, config, state)) if launch.first else (lambda state: ()),
             meter,
-            folder.enter_context(profiled(config, launch)),
+            after_all(folder.enter_context(profiled(config, launch)), validation),
             about(config, job, parts),
         )
         losses = make_losses(config, job, parts, feed, meter, teacher)
@@ -198,6 +201,17 @@ def loop_settings(config: TrainConfig, autocast: bool) -> LoopSettings:
         seed=config.seed,
         dtype=resolve_dtype(config.weight_dtype) if autocast else torch.float32,
     )
+
+
+def after_all(*hooks: Callable[[TrainState, Log], None] | None) -> Callable[[TrainState, Log], None]:
+    """One hook of several, for ``Surroundings.after_step``."""
+
+    def call(state: TrainState, log: Log) -> None:
+        for hook in hooks:
+            if hook is not None:
+                hook(state, log)
+
+    return call
 
 
 @contextmanager
