@@ -9,11 +9,12 @@ from ospnext.config import Config, ConfigError, Fate, config_keys, load_config, 
 from ospnext.config_keys import key_rules
 from ospnext.generate.settings import GenerateConfig, read_prompts
 from ospnext.sections import RunConfig
+from ospnext.train.rl_settings import RLConfig
 from ospnext.train.settings import TrainConfig
 
 DATA = Path(__file__).parent / "data"
 CONFIGS = Path(__file__).parents[1] / "configs"
-CLASSES: dict[str, type[Config]] = {"generate": GenerateConfig, "train": TrainConfig}
+CLASSES: dict[str, type[Config]] = {"generate": GenerateConfig, "train": TrainConfig, "rl": RLConfig}
 SEEDS = {
     "generate": ["generate", "generate_paths", "generate_merged"],
     "train": ["train", "train_dataset"],

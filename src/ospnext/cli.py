@@ -73,6 +73,17 @@ COMMANDS: dict[str, Command] = {
         ),
         many=True,
     ),
+    "rl": Command(
+        "train an adapter by reinforcement learning",
+        "ospnext.train.rl_settings:RLConfig",
+        "ospnext.train.rl:run",
+        examples=(
+            "rl configs/rl/shapes.yaml time_budget_minutes=9",
+            "rl configs/rl/osp_14b.yaml rl_config.prompt_file=prompts.txt",
+        ),
+        reports=True,
+        many=True,
+    ),
     "export": Command(
         "make a pipeline folder of a training state",
         "ospnext.train.export:ExportConfig",

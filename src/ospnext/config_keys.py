@@ -90,16 +90,19 @@ _TABLE: tuple[Row, ...] = (
     *_mapped("generate", "num_inference_steps guidance_scale", "scheduler_config"),
     *_no_effect("train", "num_inference_steps guidance_scale", "training takes no sampling steps", "scheduler_config"),
     *_no_effect("rl", "num_inference_steps guidance_scale", "rl_config holds the rollout's own", "scheduler_config"),
-    *_mapped("train rl", "use_dynamic_shifting base_image_seq max_image_seq base_shift max_shift", "scheduler_config"),
-    *_mapped("train rl", "use_logitnorm_time_sampling logit_mean logit_std", "scheduler_config"),
+    *_mapped("train", "use_dynamic_shifting base_image_seq max_image_seq base_shift max_shift", "scheduler_config"),
+    *_mapped("train", "use_logitnorm_time_sampling logit_mean logit_std", "scheduler_config"),
     *_no_effect(
-        "generate",
+        "generate rl",
         "use_dynamic_shifting base_image_seq max_image_seq base_shift max_shift",
         "sampling shifts its noise levels by scheduler_config.shift",
         "scheduler_config",
     ),
     *_no_effect(
-        "generate", "use_logitnorm_time_sampling logit_mean logit_std", "it is for training", "scheduler_config"
+        "generate rl",
+        "use_logitnorm_time_sampling logit_mean logit_std",
+        "it is for training on videos",
+        "scheduler_config",
     ),
     # Logging
     *_mapped("train rl", "project_name exp_name", "wandb_config"),
@@ -201,6 +204,11 @@ _TABLE: tuple[Row, ...] = (
             "num_generations": "rl_config.num_image_per_prompt",
             "sampling_steps": "rl_config.num_inference_steps",
             **dict.fromkeys(("beta", "kl_coeff"), "rl_config.kl_beta"),
+            **dict.fromkeys(("eta", "rl_config.eta"), "rl_config.noise_level"),
+            **dict.fromkeys(("sde_window_size", "rl_config.sde_window_size"), "rl_config.sde_steps"),
+            **dict.fromkeys(("sample_strategy", "rl_config.sample_strategy"), "rl_config.window"),
+            **dict.fromkeys(("iters_per_group", "rl_config.iters_per_group"), "rl_config.window_interval"),
+            **dict.fromkeys(("init_same_noise", "same_latent"), "rl_config.same_noise"),
         },
     ),
     # Choosing training videos

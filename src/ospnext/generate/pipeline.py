@@ -208,7 +208,7 @@ class OSPNextPipeline(DiffusionPipeline):
         self.place(device, _MODULES)
 
     @contextmanager
-    def _at_work(self, name: str) -> Iterator[nn.Module]:
+    def at_work(self, name: str) -> Iterator[nn.Module]:
         """The component on the execution device, and back on the CPU afterwards if it is one to be offloaded."""
         module = getattr(self, name)
         if name in self.sharded:
@@ -230,7 +230,7 @@ class OSPNextPipeline(DiffusionPipeline):
         """Clean and encode prompts: [B, L, text_dim] on the execution device, L the transformer's ``text_len``."""
         clean = [_CLEANING[self.config.prompt_cleaning](text) for text in prompts]
         length = max_sequence_length or self.transformer.config.text_len
-        with self._at_work("text_encoder") as encoder:
+        with self.at_work("text_encoder") as encoder:
             return encode_prompts(self.tokenizer, encoder, clean, length, self._execution_device)
 
     def _encode(
@@ -295,7 +295,7 @@ class OSPNextPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor, output_type: str = "np") -> Any:
         """Videos from normalised latents, in the form of ``output_type``; see `__call__`."""
-        with self._at_work("vae") as vae:
+        with self.at_work("vae") as vae:
             decoded = decode(vae, latents, self.decode_modes, self.team)
         self.decode_mode = decoded.mode
         if decoded.video is None:
@@ -388,7 +388,7 @@ class OSPNextPipeline(DiffusionPipeline):
         tensor_inputs: Sequence[str],
     ) -> Tensor:
         """From noise to latents, with diffusers' callback after every step."""
-        with self._at_work("transformer") as transformer, self.progress_bar(total=self._num_timesteps) as bar:
+        with self.at_work("transformer") as transformer, self.progress_bar(total=self._num_timesteps) as bar:
 
             def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
                 return transformer(x, t, condition, return_dict=False)[0]

@@ -195,6 +195,23 @@ def decode(
     return Decoded(torch.cat(clips).clamp(-1, 1) if clips else None, allowed[0])
 
 
+@torch.no_grad()
+def decode_together(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Video [B, 3, T, H, W] in [-1, 1] of whole clips, as many at once as memory has room for, left on the device.
+
+    Where there is no room for one, it is `decode` that makes them, on the CPU.
+
+    Args:
+        vae: on the device and in the dtype to decode with.
+        latents: [B, z_dim, t, h, w], normalised.
+    """
+    at_once = int(free_memory(vae.device) * 0.8) // max(1, decode_bytes(vae, latents, "whole"))
+    if at_once < 1:
+        return decode_latents(vae, latents)
+    z = denormalise(vae, latents.float()).to(vae.device, vae.dtype)
+    return torch.cat([decode_whole(vae, some).float().clamp(-1, 1) for some in z.split(at_once)])
+
+
 def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode, team: int = 1) -> int:
     """Estimated peak bytes that decoding one clip takes on top of the weights; ``z`` is [B, z_dim, t, h, w].
 

@@ -98,6 +98,11 @@ class Log:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
+    def add_facts(self, facts: Mapping[str, float]) -> None:
+        """Take in numbers that are of the whole line, not of a step."""
+        for name, value in facts.items():
+            self.sums[name] = torch.tensor([value, 1.0], dtype=torch.float64)
+
     def write(self, state: "TrainState") -> str:
         """Write a line, all processes together; returns the progress bar's description."""
         now = time.monotonic()
@@ -105,7 +110,7 @@ class Log:
         seconds = (now - self.since) / self.count
         line = {
             "step": state.step,
-            **{name: round(value, 6) if math.isfinite(value) else None for name, value in means.items()},
+            **{name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in means.items()},
             "lr": state.optimiser.param_groups[0]["lr"],
             "skipped": state.clipper.skipped,
             "seconds_per_step": round(seconds, 5),

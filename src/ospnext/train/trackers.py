@@ -12,6 +12,7 @@ from typing import Any
 
 from ospnext.config import ConfigError
 from ospnext.train.log import Tracker
+from ospnext.train.rl_settings import RLConfig
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
 
@@ -22,7 +23,7 @@ _PACKAGES = {
 }
 
 
-def tracker_names(config: TrainConfig) -> tuple[list[str], list[str]]:
+def tracker_names(config: TrainConfig | RLConfig) -> tuple[list[str], list[str]]:
     """Which trackers a run has, and what there is to say of them.
 
     Raises:
@@ -45,7 +46,7 @@ def tracker_names(config: TrainConfig) -> tuple[list[str], list[str]]:
     return names, said
 
 
-def open_trackers(names: Sequence[str], config: TrainConfig, state: TrainState) -> list[Tracker]:
+def open_trackers(names: Sequence[str], config: TrainConfig | RLConfig, state: TrainState) -> list[Tracker]:
     """The trackers of a run that begins, or goes on from ``state``."""
     if not names:
         return []
@@ -56,7 +57,7 @@ def open_trackers(names: Sequence[str], config: TrainConfig, state: TrainState) 
     return [_open(LOGGER_TYPE_TO_CLASS[name], name, config, state) for name in names]
 
 
-def _open(cls: Any, name: str, config: TrainConfig, state: TrainState) -> Any:
+def _open(cls: Any, name: str, config: TrainConfig | RLConfig, state: TrainState) -> Any:
     folder = Path(config.output_dir)
     project = config.wandb_config.project_name or "ospnext"
     cls.main_process_only = False  # only the first process opens any

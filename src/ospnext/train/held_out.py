@@ -1,0 +1,164 @@
+"""Evaluation while reinforcement learning runs: the same prompts and seeds, as deployed, and what nobody optimises.
+
+``output_dir/eval/epoch_000020/`` holds the first videos and ``scores.json``; ``output_dir/evaluations.jsonl`` a line
+for each; ``output_dir/eval/over_time.mp4`` the same videos side by side, a prompt a row, an evaluation a column.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ospnext.generate.manifest import write_text
+from ospnext.media import video_grid, write_video
+from ospnext.parallel.launch import Launch, gather_objects
+from ospnext.train.policy import Policy
+from ospnext.train.prompts import Prompt
+from ospnext.train.rl_settings import GRPOConfig
+from ospnext.train.rollout import Videos, without_noise
+
+FILE = "evaluations.jsonl"
+ROWS, COLUMNS = 4, 8  # of the grid over time
+
+
+class HeldOut:
+    """Evaluates.
+
+    Args:
+        config: steps, what is kept and watched.
+        videos: from noise to scores; its rewards measure what is optimised and what is watched.
+        policy: the model; the caller has put the averaged adapter in place.
+        prompts: of evaluation.
+        shift, seed: of the noise: video i has the noise of ``seed + i``, as ``ospnext generate`` would give it.
+        folder: of the run.
+        launch: this process.
+        rank, ranks: this process's group among those that make different videos.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        videos: Videos,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        shift: float,
+        seed: int,
+        folder: Path,
+        launch: Launch,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.config, self.videos, self.policy, self.prompts = config, videos, policy, list(prompts)
+        self.shift, self.seed, self.folder, self.launch = shift, seed, folder, launch
+        self.rank, self.ranks = rank, ranks
+
+    def evaluate(self, epoch: int, step: int) -> dict[str, float]:
+        """Means of all scores, ``reward`` the weighted sum; the same on all processes, which call it together.
+
+        Args:
+            epoch, step: how far training is.
+        """
+        place = self.folder / "eval" / f"epoch_{epoch:06d}"
+        place.mkdir(parents=True, exist_ok=True)
+        count, size = len(self.prompts), self.config.sample_batch_size
+        mine: dict[int, dict[str, float]] = {}
+        kept: dict[int, Tensor] = {}
+        pending = []
+        for start in range(0, count, size * self.ranks):
+            own = list(range(start, min(start + size * self.ranks, count)))[self.rank :: self.ranks]
+            numbers = own or [start]  # all processes ask the model equally often: some perhaps in vain
+            prompts = [self.prompts[n] for n in numbers]
+            latents = without_noise(self.videos, self.policy, prompts, [self.seed + n for n in numbers], self.shift)
+            some = self.videos.own(len(numbers)) if own else []
+            if some:
+                pixels = self.videos.pixels(latents[some])
+                kept |= {numbers[k]: pixels[i] for i, k in enumerate(some) if numbers[k] < self.config.eval_keep}
+                scored = self.videos.score(pixels, [prompts[k] for k in some])
+                pending.append(([numbers[k] for k in some], scored))
+        for numbers, future in pending:
+            scores = future.result()
+            for i, n in enumerate(numbers):
+                mine[n] = {"reward": float(scores.total[i])} | {name: float(v[i]) for name, v in scores.each.items()}
+        self._keep(kept, place)
+        everyone = gather_objects(self.launch, mine)  # and so all videos are there
+        marks = {n: values for part in everyone for n, values in part.items()}
+        means = {name: _mean([m[name] for m in marks.values()]) for name in marks[0]}
+        if self.launch.first:
+            self._write(place, epoch, step, means, marks)
+        return means
+
+    def _keep(self, kept: Mapping[int, Tensor], place: Path) -> None:
+        """Write videos, or where there is no PyAV their frames."""
+        for number, pixels in sorted(kept.items()):
+            frames = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            if find_spec("av"):
+                write_video(place / f"video_{number}.mp4", frames, self.config.save_fps)
+            else:
+                np.save(place / f"video_{number}.npy", frames)
+
+    def _write(
+        self, place: Path, epoch: int, step: int, means: Mapping[str, float], marks: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        listed = [{"prompt": p.text, "seed": self.seed + n, **marks[n]} for n, p in enumerate(self.prompts)]
+        record = {"epoch": epoch, "step": step, **{name: _plain(value) for name, value in means.items()}}
+        write_text(place / "scores.json", json.dumps(record | {"videos": _plainly(listed)}, indent=1) + "\n")
+        before = [line for line in read_lines(self.folder / FILE) if line["epoch"] < epoch]
+        write_text(self.folder / FILE, "".join(json.dumps(line) + "\n" for line in [*before, record]))
+        if find_spec("av") and self.config.eval_keep:
+            self._grid([line["epoch"] for line in before] + [epoch])
+
+    def _grid(self, epochs: list[int]) -> None:
+        """The first and the latest evaluations of the first prompts, side by side."""
+        shown = epochs if len(epochs) <= COLUMNS else [epochs[0], *epochs[1 - COLUMNS :]]
+        rows = range(min(ROWS, self.config.eval_keep, len(self.prompts)))
+        paths = [self.folder / "eval" / f"epoch_{e:06d}" / f"video_{n}.mp4" for n in rows for e in shown]
+        if all(path.exists() for path in paths):
+            video_grid(paths, self.folder / "eval" / "over_time.mp4", self.config.save_fps, columns=len(shown))
+
+
+def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GRPOConfig) -> list[str]:
+    """What has fallen while the reward rose, in words: the marks of a reward that is being cheated."""
+    if not now["reward"] > before["reward"]:
+        return []
+    said = []
+    for name in config.watch_fn:
+        allowed = before[name] - config.watch_tolerance * abs(before[name])
+        if now[name] < allowed:
+            said.append(
+                f"the reward rose from {before['reward']:.4g} to {now['reward']:.4g}, but {name}, which nobody "
+                f"optimises, fell from {before[name]:.4g} to {now[name]:.4g}"
+            )
+    return said
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log in JSON; the rest of one that was not written to its end is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _plainly(listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no NaN."""
+    return [{k: _plain(v) if isinstance(v, float) else v for k, v in one.items()} for one in listed]

@@ -1,0 +1,377 @@
+"""``ospnext rl``: Mix-GRPO on an adapter (LoRA) of the sparse model.
+
+    ospnext rl configs/rl/shapes.yaml
+    torchrun --nproc-per-node 8 -m ospnext rl configs/rl/osp_14b.yaml
+
+An epoch rolls out videos of some prompts (``rollout``), has them scored, and trains on the random steps that led to
+them (``rl_update``); the base model stays as it is. Everything that can be wrong is found before weights are loaded. An
+epoch is a function of the adapter and of its number alone, and states are saved between epochs: a resumed run is the
+run that was never interrupted.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ospnext.assemble import Crew
+from ospnext.checkpoints.fill import progress_bar as loading_bar
+from ospnext.checkpoints.lora import describe_adapter
+from ospnext.config import dump_yaml
+from ospnext.device import device_label, dtype_label, resolve_dtype
+from ospnext.generate.manifest import only_run, write_text
+from ospnext.generate.run import make_folder
+from ospnext.ops.attention import describe_kernel
+from ospnext.parallel.apply import describe
+from ospnext.parallel.circle import Circle
+from ospnext.parallel.fsdp import forget_gathered
+from ospnext.parallel.guidance import SplitGuidance
+from ospnext.parallel.launch import Launch, agree, any_of
+from ospnext.parallel.state import StateWriter
+from ospnext.quant.apply import describe as describe_eight_bits
+from ospnext.rewards.base import RewardSet
+from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.grpo import advantages, best_and_worst, mixed_advantages, zero_variance_share
+from ospnext.train.held_out import HeldOut, read_lines, suspicions
+from ospnext.train.log import Log
+from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
+from ospnext.train.optim import MovingAverage, adamw
+from ospnext.train.policy import Policy
+from ospnext.train.rl_parts import Job, arrange, load, settle
+from ospnext.train.rl_save import resume_from, save_checkpoint
+from ospnext.train.rl_settings import GRPOConfig, RLConfig
+from ospnext.train.rl_update import Updater
+from ospnext.train.rollout import Roller, Rollouts, StoppedError, Videos, Worth
+from ospnext.train.state import TrainState, latest
+from ospnext.train.trackers import open_trackers, tracker_names
+
+REWARDS = "rewards.jsonl"
+
+
+class Progress:
+    """What of a run's state is no tensor: the next epoch, and what the first evaluation said."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.baseline: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"epoch": self.epoch, "baseline": self.baseline}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``; raises ValueError where it is of another kind of run."""
+        if "epoch" not in state:
+            raise ValueError("its data are not those of reinforcement learning")
+        self.epoch, self.baseline = int(state["epoch"]), dict(state["baseline"])
+
+
+def run(config: RLConfig, launch: Launch | None = None) -> str | None:
+    """Train the adapter.
+
+    Args:
+        config: what is asked for.
+        launch: this process among those of the run; all of them call this.
+
+    Returns:
+        A line that says where the adapter is; None in all processes but the first.
+
+    Raises:
+        ValueError: the configuration asks for what cannot be had, before anything is rolled out; or the run stopped
+            itself, in words that say why.
+    """
+    launch = launch or Launch()
+    torch.use_deterministic_algorithms(config.deterministic_training)
+    job = agree(launch, lambda: settle(config, launch))
+    names, said = agree(launch, lambda: tracker_names(config))
+    with ExitStack() as stack:
+        agree(launch, lambda: open_folder(stack, config) if launch.first else None)
+        crew = arrange(config, job)
+        with loading_bar() if launch.first else nullcontext() as progress:
+            pipe = agree(launch, lambda: load(config, job, crew, progress))
+        rewards = agree(launch, lambda: make_rewards(config, job))
+        videos = Videos(pipe, job.config, rewards, Circle(crew.mesh), job.negative)
+        stack.callback(videos.close)
+        if launch.first:
+            report(config, job, pipe.transformer, [*config.notices, *job.notices, *said])
+        return Training(config, job, crew, launch, videos, names).train()
+
+
+def open_folder(stack: ExitStack, config: RLConfig) -> None:
+    """Make the output folder this run's, and write down its configuration."""
+    folder = make_folder(Path(config.output_dir))
+    stack.enter_context(only_run(folder))
+    write_text(folder / "config.yaml", dump_yaml(config))
+
+
+def make_rewards(config: RLConfig, job: Job) -> RewardSet:
+    """What is optimised, and with weight 0 what is watched."""
+    c, made = config.rl_config, config.reward_config
+    return RewardSet(
+        c.reward_fn | dict.fromkeys(c.watch_fn, 0.0),
+        made.options,
+        job.device if made.device is None else torch.device(made.device),
+        made.separate,
+    )
+
+
+class Training:
+    """A run, from its state to its end.
+
+    Args:
+        config, job: what is asked for, and what was settled.
+        crew, launch: who does it.
+        videos: from noise to scores.
+        trackers: their names.
+    """
+
+    def __init__(
+        self, config: RLConfig, job: Job, crew: Crew, launch: Launch, videos: Videos, trackers: list[str]
+    ) -> None:
+        self.config, self.c, self.job, self.launch, self.videos = config, job.config, job, launch, videos
+        self.folder, self.transformer = Path(config.output_dir), videos.pipe.transformer
+        split = crew.mesh is not None and crew.mesh.sizes.cfg == 2
+        policy = Policy(self.transformer, self.c, SplitGuidance(crew.mesh) if split and crew.mesh else None)
+        rank, ranks = (0, 1) if crew.mesh is None else (crew.mesh.group, crew.mesh.sizes.dp)
+        shift = job.plan.sampling.shift
+        self.roller = Roller(self.c, videos, policy, job.prompts, shift, config.seed, launch, rank, ranks)
+        self.held_out = HeldOut(
+            self.c, videos, policy, job.eval_prompts, shift, config.seed, self.folder, launch, rank, ranks
+        )
+        self.progress, self.trackers = Progress(), trackers
+        self.state = make_state(config, self.transformer, self.progress)
+        self.settings = step_settings(config)
+        self.updater = Updater(self.c, policy, self.state, self.settings, launch)
+        self.say: Callable[[str], None] = print if launch.first else lambda text: None
+
+    def train(self) -> str | None:
+        """Epoch after epoch, to the last, the end of the time budget or SIGTERM; then save."""
+        config, state, progress = self.config, self.state, self.progress
+        self.resume()
+        opened = open_trackers(self.trackers, config, state) if self.launch.first else []
+        log = Log(self.folder, self.launch, opened, None, self.job.device, state.step)
+        writer = StateWriter(self.folder, config.keep_checkpoints)
+        deadline = time.monotonic() + 60 * (config.time_budget_minutes or float("inf"))
+        saved = ""
+        with finishing(writer, self.launch), termination() as asked, progress_bar(self.launch.first) as bar:
+            task = bar.add_task("reinforcement learning", total=config.num_epochs, completed=progress.epoch)
+
+            def check() -> None:
+                if any_of(self.launch, asked.is_set()):
+                    raise StoppedError
+
+            with suppress(StoppedError):  # in the midst of an epoch: what counts is the state before it
+                self.evaluate(log, first=True)
+                while progress.epoch < config.num_epochs:
+                    if any_of(self.launch, asked.is_set() or time.monotonic() >= deadline):
+                        break
+                    bar.update(task, description=self.epoch(log, check), completed=progress.epoch + 1)
+                    progress.epoch += 1
+                    done = progress.epoch == config.num_epochs
+                    if progress.epoch % self.c.eval_freq == 0 or done:
+                        self.evaluate(log)
+                    if progress.epoch % config.state_interval == 0 or done:
+                        state.save(writer)
+                    if progress.epoch % config.save_interval == 0 and not done:
+                        writer.finish()
+                        self.checkpoint()
+                state.save(writer)
+                writer.finish()
+                saved = f"; adapter in {self.checkpoint()}"
+            writer.finish()
+        log.finish()
+        end = f"epoch {progress.epoch} of {config.num_epochs}, step {state.step}"
+        stopped = progress.epoch < config.num_epochs
+        self.say(f"stopped at {end}: start again to go on" if stopped else f"done: {end}")
+        return f"log in {self.folder / 'train_log.jsonl'}{saved}" if self.launch.first else None
+
+    def resume(self) -> None:
+        """Go on from the newest state in the folder, else from ``lora_path``'s if it has one."""
+        self.find_state()
+        if self.launch.first:  # what a killed run noted of epochs that come again is taken out
+            kept = [line for line in read_lines(self.folder / REWARDS) if line["epoch"] < self.progress.epoch]
+            write_text(self.folder / REWARDS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def find_state(self) -> None:
+        """``resume`` without the logs."""
+        config, path = self.config, self.config.lora_config.lora_path
+        if (newest := latest(self.folder)) is not None:
+            self.state.load(newest)
+            self.say(f"resumed from {newest}: epoch {self.progress.epoch} of {config.num_epochs}")
+        elif path is not None and Path(path).is_dir():
+            epoch = agree(self.launch, lambda: resume_from(Path(path), self.state))
+            if epoch is None:
+                return
+            self.progress.epoch = epoch if config.resume_epoch is None else config.resume_epoch
+            self.say(f"goes on from {path}: epoch {self.progress.epoch}, step {self.state.step}")
+        else:
+            return
+        optimiser = config.optimizer_config
+        if optimiser.resume_override_lr and optimiser.resume_lr is not None:
+            set_rate(self.state, optimiser.resume_lr)
+
+    def epoch(self, log: Log, check: Callable[[], None]) -> str:
+        """Roll out and train once; returns the bar's description."""
+        rollouts, worth = self.roller.roll(self.progress.epoch, check)
+        forget_gathered(self.transformer)
+        start = time.perf_counter()
+        if not bool(worth.rewards.isfinite().any()):
+            self.refuse(
+                f"not one of epoch {self.progress.epoch}'s {len(worth.rewards)} videos could be scored: see the "
+                "warnings above; the newest state is untouched"
+            )
+        everyone = advantages_of(self.c, worth)
+        own = torch.tensor(rollouts.samples)
+        places = list(range(len(own)))
+        if self.c.best_of_n is not None:
+            groups = torch.arange(len(own)) // self.c.group_size
+            places = best_and_worst(worth.rewards[own], groups, self.c.best_of_n).tolist()
+        facts = self.facts(worth, everyone)
+        self.updater.update(rollouts, places, everyone[own], facts, log, check)
+        seconds = self.roller.seconds | {"training": time.perf_counter() - start}
+        self.note(worth, rollouts, seconds)
+        log.add_facts(
+            {f"{name}_seconds": value for name, value in seconds.items()} | {"ratio_before": self.updater.deviation}
+        )
+        log.write(self.state)
+        reward = worth.rewards[worth.rewards.isfinite()].mean().item()
+        return f"reinforcement learning, reward {reward:.4f}"
+
+    def facts(self, worth: Worth, everyone: Tensor) -> dict[str, float]:
+        """What the log says of an epoch besides the steps."""
+        groups = torch.arange(len(worth.rewards)) // self.c.group_size
+        known = worth.rewards[worth.rewards.isfinite()]
+        facts = {
+            "epoch": float(self.progress.epoch),
+            "reward": known.mean().item(),
+            "reward_std": known.std(correction=0).item(),
+            "zero_variance_share": zero_variance_share(worth.rewards, groups),
+            "advantage_size": everyone.abs().mean().item(),
+            "unscored": float(len(worth.rewards) - len(known)),
+        }
+        for name, values in worth.each.items():
+            there = values[values.isfinite()]
+            if len(there):
+                facts |= {f"reward_{name}": there.mean().item(), f"reward_{name}_std": there.std(correction=0).item()}
+        return facts | {f"failures_{name}": float(n) for name, n in worth.failures.items() if n}
+
+    def note(self, worth: Worth, rollouts: Rollouts, seconds: Mapping[str, float]) -> None:
+        """A line in ``rewards.jsonl``: the rewards of every prompt."""
+        if not self.launch.first:
+            return
+        size = self.c.group_size
+        line = {
+            "epoch": self.progress.epoch,
+            "window": [rollouts.levels.first, rollouts.levels.random],
+            "prompts": [
+                {
+                    "prompt": self.job.prompts[int(worth.prompts[i])].text,
+                    "rewards": [round(r, 5) if r == r else None for r in worth.rewards[i : i + size].tolist()],
+                }
+                for i in range(0, len(worth.rewards), size)
+            ],
+        }
+        with (self.folder / REWARDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def evaluate(self, log: Log, first: bool = False) -> None:
+        """Evaluate the averaged adapter on prompts that are not trained on, and look for signs of cheating.
+
+        Raises:
+            ValueError: one is found, and the run is to stop then.
+        """
+        progress = self.progress
+        if not self.job.eval_prompts or (first and progress.baseline):
+            return
+        self.state.average.swap()
+        forget_gathered(self.transformer)
+        means = self.held_out.evaluate(progress.epoch, self.state.step)
+        self.state.average.swap()
+        forget_gathered(self.transformer)
+        if not progress.baseline:
+            progress.baseline = means
+        log.numbers({f"eval/{name}": value for name, value in means.items() if value == value}, self.state.step)
+        self.say(f"evaluation after {progress.epoch} epochs: " + ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
+        for line in suspicions(means, progress.baseline, self.c):
+            self.say(f"warning: {line}; look at {self.folder / 'eval'}")
+            if self.c.watch_stop:
+                self.refuse(f"{line}: stopped (rl_config.watch_stop); the newest state is untouched")
+
+    def refuse(self, problem: str) -> NoReturn:
+        """End the run on all processes, which have found the same."""
+
+        def fail() -> None:
+            raise ValueError(problem)
+
+        agree(self.launch, fail)
+        raise AssertionError("all have failed")
+
+    def checkpoint(self) -> Path:
+        """Write the lora-checkpoint folders."""
+        return save_checkpoint(self.folder, self.state, self.progress.epoch, dump_yaml(self.config), self.launch)
+
+
+def make_state(config: RLConfig, transformer: torch.nn.Module, progress: Progress) -> TrainState:
+    """The adapter, its optimiser and average, at the start."""
+    modules, o = {"transformer": transformer}, config.optimizer_config
+    return TrainState(
+        modules,
+        adamw(modules, o.lr, o.betas, o.eps, o.weight_decay),
+        MovingAverage(modules, config.ema_decay),
+        AdaptiveClipper(config.init_max_grad_norm),
+        progress,
+    )
+
+
+def step_settings(config: RLConfig) -> LoopSettings:
+    """What a step of the optimiser needs to know."""
+    return LoopSettings(
+        output_dir=Path(config.output_dir),
+        iterations=config.num_epochs,
+        lr=config.optimizer_config.lr,
+        accumulation_steps=config.gradient_accumulation_steps,
+        ema_update_interval=config.ema_update_interval,
+    )
+
+
+def set_rate(state: TrainState, rate: float) -> None:
+    """Give all parameters a learning rate."""
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+
+
+def advantages_of(c: GRPOConfig, worth: Worth) -> Tensor:
+    """Of all samples of an epoch, the same on all processes."""
+    options: dict[str, Any] = {
+        "per_group": c.per_prompt_stat_tracking,
+        "global_std": c.global_std,
+        "most": c.adv_clip_max,
+    }
+    if c.reward_mixing == "sum":
+        return advantages(worth.rewards, worth.prompts, **options)
+    rewards = torch.stack([worth.each[name] for name in c.reward_fn], 1)
+    weights = torch.tensor(list(c.reward_fn.values()), dtype=torch.float64)
+    return mixed_advantages(rewards, weights, worth.prompts, **options)
+
+
+def report(config: RLConfig, job: Job, transformer: Any, notices: list[str]) -> None:
+    """Say what will really run."""
+    for line in notices:
+        print(f"note: {line}")
+    c, sizes, dtype = job.config, job.plan.sizes, resolve_dtype(dtype_label(job.plan.dtypes.transformer))
+    videos = c.num_batches_per_epoch * c.sample_batch_size * c.sample_time_per_prompt * sizes.sizes.dp
+    window = f"{c.random_steps} of {c.num_inference_steps} steps random ({c.window}, {c.noise} {c.level:g})"
+    print(
+        f"reinforcement learning of {describe_adapter(transformer)} in float32 on a base in {dtype_label(dtype)}; "
+        f"8 bits: {describe_eight_bits(transformer)}; {device_label(job.device)}; attention: "
+        f"{describe_kernel(config.attention_kernel, job.device, dtype)}; {describe(*sizes)}\n"
+        f"{len(job.prompts)} prompts, {len(job.eval_prompts)} of evaluation; an epoch has {videos} videos of "
+        f"{c.num_frames} frames of {c.width} x {c.height} in groups of {c.group_size}; {window}, shift "
+        f"{job.plan.sampling.shift:g}, guidance {c.guidance_scale:g}; rewards: "
+        f"{', '.join(f'{weight:g} {name}' for name, weight in c.reward_fn.items())}"
+    )

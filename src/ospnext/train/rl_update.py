@@ -1,0 +1,188 @@
+"""From rollouts to a better adapter: the clipped loss over random steps, and the check that the ratio starts at 1.
+
+Before the first update of an epoch the model is the one that rolled it out, so that every probability ratio is 1 but
+for rounding. Where it is not, training would follow numbers that mean nothing: the run stops and says what differs.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ospnext.flow.sde import divergence, log_prob
+from ospnext.parallel.fsdp import synchronise_gradients
+from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
+from ospnext.train.grpo import clipped_loss
+from ospnext.train.log import Log
+from ospnext.train.loop import LoopSettings, take_step
+from ospnext.train.policy import Policy
+from ospnext.train.rl_settings import GRPOConfig
+from ospnext.train.rollout import Rollouts, step_at
+from ospnext.train.state import TrainState
+
+
+class RatioError(ValueError):
+    """The ratio is not 1 before an update."""
+
+
+class Updater:
+    """Trains on rollouts.
+
+    Args:
+        config: the numbers.
+        policy: what is trained.
+        state: of the run.
+        settings: of the optimiser's steps.
+        launch: this process.
+    """
+
+    def __init__(
+        self, config: GRPOConfig, policy: Policy, state: TrainState, settings: LoopSettings, launch: Launch
+    ) -> None:
+        self.config, self.policy, self.state = config, policy, state
+        self.settings, self.launch = settings, launch
+        self.tolerance = config.clip_range / 2 if config.ratio_tolerance is None else config.ratio_tolerance
+        self.deviation = 0.0  # greatest distance of a ratio from 1 before the last epoch's first update
+
+    def update(
+        self,
+        rollouts: Rollouts,
+        places: Sequence[int],
+        advantages: Tensor,
+        facts: Mapping[str, float],
+        log: Log,
+        check: Callable[[], None],
+    ) -> None:
+        """Train on an epoch's rollouts; all processes call it together and take the same number of steps.
+
+        Args:
+            rollouts: of this rank.
+            places: those of them that are trained on, as many on every rank.
+            advantages: of all this rank's rollouts, [n].
+            facts: what the log is to say of the epoch besides.
+            log: a line's means are over these steps.
+            check: called before each step; may raise on all processes.
+
+        Raises:
+            RatioError: on all processes, before anything has changed.
+        """
+        c = self.config
+        random = rollouts.levels.random
+        steps = range(max(1, int(random * c.timestep_fraction)))
+        parts = [list(places[i : i + c.train_batch_size]) for i in range(0, len(places), c.train_batch_size)]
+        together = self.settings.accumulation_steps
+        first = True
+        for _ in range(c.num_inner_epochs):
+            for i in range(0, len(parts), together):
+                check()
+                total = self._gradients(rollouts, parts[i : i + together], steps, advantages)
+                if first:
+                    self._check_ratio(rollouts, parts[i : i + together], steps, float(total.pop("deviation")))
+                    log.add_facts(facts)
+                    first = False
+                total.pop("deviation", None)
+                take_step(self.state, self.settings, total)
+                self.state.step += 1
+                log.add(total)
+
+    def _gradients(
+        self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, advantages: Tensor
+    ) -> dict[str, Tensor]:
+        """Add up the gradients of one optimiser step; what the log says of it."""
+        c, samples = self.config, sum(map(len, parts))
+        passes = [(part, step) for part in parts for step in steps]
+        total: dict[str, Tensor] = {}
+        for number, (part, step) in enumerate(passes):
+            synchronise_gradients(self.state.modules.values(), number == len(passes) - 1)
+            share = len(part) / (samples * len(steps))
+            losses = self._losses(rollouts, part, step, advantages)
+            (losses["loss"] * share).backward()
+            for name, value in losses.items():
+                value = value.detach()
+                if name == "deviation":
+                    total[name] = torch.maximum(total.get(name, value), value)
+                else:
+                    total[name] = total.get(name, 0) + value * share
+        variance = total.pop("ratio_square") - total["ratio"] ** 2
+        total["ratio_std"] = variance.clamp(min=0).sqrt()
+        if not c.kl_beta:
+            total.pop("kl")
+        return total
+
+    def _losses(self, rollouts: Rollouts, part: list[int], step: int, advantages: Tensor) -> dict[str, Tensor]:
+        c, device = self.config, rollouts.states[0].device
+        x, x_next = rollouts.states[step][part], rollouts.states[step + 1][part]
+        text = rollouts.text.rows(part)
+        now = step_at(c, self.policy, rollouts, step, text, x)
+        clipped = clipped_loss(
+            log_prob(x_next, now.step),
+            rollouts.log_probs[step][part],
+            advantages[part].to(device),
+            c.clip_range,
+        )
+        loss = clipped.loss.mean()
+        losses = {"policy_loss": loss.detach(), "kl": loss.new_zeros(())}
+        if c.kl_beta:
+            with self.policy.base():
+                base = step_at(c, self.policy, rollouts, step, text, x)
+            kl = divergence(now.step, base.step, now.sigma, now.sigma_next, c.kl_convention).mean()
+            losses["kl"] = kl.detach()
+            loss = loss + c.kl_beta * kl
+        return losses | {
+            "loss": loss,
+            "ratio": clipped.ratio.mean(),
+            "ratio_square": clipped.ratio.square().mean(),
+            "clip_fraction": clipped.clipped.float().mean(),
+            "deviation": (clipped.ratio - 1).abs().max(),
+        }
+
+    def _check_ratio(self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, deviation: float) -> None:
+        """Hold the ratio to 1 on all processes."""
+        far = not deviation <= self.tolerance  # also where it is no number
+        self.deviation = max(gather_objects(self.launch, deviation), key=lambda d: math.inf if math.isnan(d) else d)
+        if not any_of(self.launch, far):
+            return
+        said = describe_difference(self.config, self.policy, rollouts, parts[0], steps)
+        for module in self.state.modules.values():
+            module.zero_grad(set_to_none=True)
+
+        def refuse() -> None:
+            if far:
+                raise RatioError(
+                    f"before an update the probability ratio is {self.deviation:.2e} from 1, and {self.tolerance:.1e} "
+                    f"is allowed (rl_config.ratio_tolerance; half of clip_range {self.config.clip_range:g}): rollout "
+                    f"and training do not compute alike. {said}"
+                )
+
+        agree(self.launch, refuse)
+
+
+@torch.no_grad()
+def describe_difference(config: GRPOConfig, policy: Policy, rollouts: Rollouts, part: list[int], steps: range) -> str:
+    """Which of the things that differ between rollout and training changes log-probabilities, in words.
+
+    All processes call it together: it asks the model.
+    """
+
+    def distance(step: int, places: list[int], gradients: bool) -> float:
+        with torch.set_grad_enabled(gradients):
+            now = step_at(config, policy, rollouts, step, rollouts.text.rows(places), rollouts.states[step][places])
+        values = log_prob(rollouts.states[step + 1][places], now.step)
+        return (values.detach() - rollouts.log_probs[step][places]).abs().max().item()
+
+    step = max(steps, key=lambda s: distance(s, part, gradients=True))
+    batch = list(range(min(rollouts.batch, len(rollouts.samples))))
+    training, sampling, again = (distance(step, part, True), distance(step, part, False), distance(step, batch, False))
+    said = (
+        f"Log-probabilities of random step {step} differ by {training:.1e} in training; without gradients, as the "
+        f"kernels of sampling compute, by {sampling:.1e}; in the rollout's own batch of {len(batch)} by {again:.1e}. "
+    )
+    if again > 10 * max(training, 1e-12) or min(training, sampling, again) > training / 2:
+        return said + "All differ: the weights or the text are not those of the rollout"
+    if sampling < training / 2:
+        return said + "Gradients make the difference: another kernel, compilation or checkpointing computes with them"
+    return said + (
+        f"The batch makes the difference: use train_batch_size={rollouts.batch}, weight_dtype=fp32, or a larger "
+        "clip_range"
+    )
