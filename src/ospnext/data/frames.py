@@ -12,16 +12,20 @@ edit lists no arithmetic leads from one to the other, so the numbers are counted
 A file without time stamps (some AVI) is decoded from its start and counted.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
 
 from ospnext.data.probe import ProbeError, display_size, opened
 from ospnext.data.records import ClipRecord, frame_interval
+
+if TYPE_CHECKING:
+    import av
 
 _ATTEMPTS = 2  # keyframes to try before the start of the file: a frame may lead the nearest one
 _SKIPS = ("h264", "hevc")  # decoders that settle packet by packet what to skip; others look ahead

@@ -5,15 +5,18 @@ stands; in every other case the packets of the whole file are counted. ``decode_
 but it finds damage in the middle of a file too.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
+if TYPE_CHECKING:
+    import av
 
 FAULTS = {
     "missing": "there is no such file",
@@ -133,6 +136,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputCon
     Raises:
         ProbeError: it is unreadable, or holds no moving picture; also for what FFmpeg says inside the block.
     """
+    import av
+
     try:
         with av.open(os.fspath(path), options=_OPTIONS, metadata_errors="replace") as container:
             attached = av.stream.Disposition.attached_pic
@@ -170,6 +175,8 @@ def _first_frame(path: str | os.PathLike[str]) -> tuple[_First, _Header]:
 
 def _seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """How long the header says the pictures last, in seconds; 0 if it does not say."""
+    import av
+
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     if said := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):

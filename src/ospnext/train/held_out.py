@@ -58,11 +58,11 @@ class HeldOut:
         self.shift, self.seed, self.folder, self.launch = shift, seed, folder, launch
         self.rank, self.ranks = rank, ranks
 
-    def evaluate(self, epoch: int, step: int) -> dict[str, float]:
+    def evaluate(self, epoch: int, step: int, seconds: float) -> dict[str, float]:
         """Means of all scores, ``reward`` the weighted sum; the same on all processes, which call it together.
 
         Args:
-            epoch, step: how far training is.
+            epoch, step, seconds: how far training is.
         """
         place = self.folder / "eval" / f"epoch_{epoch:06d}"
         place.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class HeldOut:
         marks = {n: values for part in everyone for n, values in part.items()}
         means = {name: _mean([m[name] for m in marks.values()]) for name in marks[0]}
         if self.launch.first:
-            self._write(place, epoch, step, means, marks)
+            self._write(place, {"epoch": epoch, "step": step, "seconds": round(seconds, 1)}, means, marks)
         return means
 
     def _keep(self, kept: Mapping[int, Tensor], place: Path) -> None:
@@ -103,10 +103,10 @@ class HeldOut:
                 np.save(place / f"video_{number}.npy", frames)
 
     def _write(
-        self, place: Path, epoch: int, step: int, means: Mapping[str, float], marks: Mapping[int, Mapping[str, float]]
+        self, place: Path, when: dict[str, Any], means: Mapping[str, float], marks: Mapping[int, Mapping[str, float]]
     ) -> None:
         listed = [{"prompt": p.text, "seed": self.seed + n, **marks[n]} for n, p in enumerate(self.prompts)]
-        record = {"epoch": epoch, "step": step, **{name: _plain(value) for name, value in means.items()}}
+        record, epoch = when | {name: _plain(value) for name, value in means.items()}, when["epoch"]
         write_text(place / "scores.json", json.dumps(record | {"videos": _plainly(listed)}, indent=1) + "\n")
         before = [line for line in read_lines(self.folder / FILE) if line["epoch"] < epoch]
         write_text(self.folder / FILE, "".join(json.dumps(line) + "\n" for line in [*before, record]))

@@ -54,21 +54,28 @@ REWARDS = "rewards.jsonl"
 
 
 class Progress:
-    """What of a run's state is no tensor: the next epoch, and what the first evaluation said."""
+    """What of a run's state is no tensor.
+
+    Attributes:
+        epoch: the next one.
+        baseline: what the first evaluation said.
+        seconds: that rolling out and training took so far, without evaluations; measured, not part of the result.
+    """
 
     def __init__(self) -> None:
-        self.epoch = 0
+        self.epoch, self.seconds = 0, 0.0
         self.baseline: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"epoch": self.epoch, "baseline": self.baseline}
+        return {"epoch": self.epoch, "baseline": self.baseline, "seconds": round(self.seconds, 2)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict``; raises ValueError where it is of another kind of run."""
         if "epoch" not in state:
             raise ValueError("its data are not those of reinforcement learning")
         self.epoch, self.baseline = int(state["epoch"]), dict(state["baseline"])
+        self.seconds = float(state["seconds"])
 
 
 def run(config: RLConfig, launch: Launch | None = None) -> str | None:
@@ -234,7 +241,8 @@ class Training:
         facts = self.facts(worth, everyone)
         self.updater.update(rollouts, places, everyone[own], facts, log, check)
         seconds = self.roller.seconds | {"training": time.perf_counter() - start}
-        self.note(worth, rollouts, seconds)
+        self.note(worth, rollouts)
+        self.progress.seconds += sum(seconds.values())
         log.add_facts(
             {f"{name}_seconds": value for name, value in seconds.items()} | {"ratio_before": self.updater.deviation}
         )
@@ -260,7 +268,7 @@ class Training:
                 facts |= {f"reward_{name}": there.mean().item(), f"reward_{name}_std": there.std(correction=0).item()}
         return facts | {f"failures_{name}": float(n) for name, n in worth.failures.items() if n}
 
-    def note(self, worth: Worth, rollouts: Rollouts, seconds: Mapping[str, float]) -> None:
+    def note(self, worth: Worth, rollouts: Rollouts) -> None:
         """A line in ``rewards.jsonl``: the rewards of every prompt."""
         if not self.launch.first:
             return
@@ -290,7 +298,7 @@ class Training:
             return
         self.state.average.swap()
         forget_gathered(self.transformer)
-        means = self.held_out.evaluate(progress.epoch, self.state.step)
+        means = self.held_out.evaluate(progress.epoch, self.state.step, progress.seconds)
         self.state.average.swap()
         forget_gathered(self.transformer)
         if not progress.baseline:
