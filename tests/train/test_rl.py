@@ -1,0 +1,325 @@
+"""``ospnext rl`` through the command: what it leaves, that it goes on exactly, that it learns, and what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import yaml
+from rl_cases import SETTINGS, config_of, lines_of, save_pipeline, words_of
+from safetensors.torch import load_file
+from saved_states import read_state
+
+from ospnext.checkpoints.lora_files import read_adapter
+from ospnext.cli import main
+from ospnext.parallel.launch import Launch
+from ospnext.parallel.state import newest
+from ospnext.train.held_out import suspicions
+from ospnext.train.rl import advantages_of
+from ospnext.train.rl_parts import settle
+from ospnext.train.rollout import Roller, Worth
+
+SEED = Path(__file__).parents[1] / "data/seed_rl.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("rl"))
+
+
+def train(folder: Path, out: Path, **settings: object) -> int:
+    return main(["rl", *words_of(folder, out, **settings)])
+
+
+def test_a_run_leaves_what_it_should(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, rl_config__eval_freq=2, save_interval=2, gradient_accumulation_steps=2) == 0
+    said = capsys.readouterr().out
+    assert "shift is not set: rollouts, training and evaluation take the model's own, 3" in said
+    assert "an epoch has 8 videos of 5 frames of 48 x 32 in groups of 4; 3 of 4 steps random (leading, osp 1)" in said
+    log = lines_of(out / "train_log.jsonl")
+    assert [(line["step"], line["epoch"]) for line in log] == [(1, 0), (2, 1), (3, 2)]
+    for line in log:
+        assert line["ratio"] == pytest.approx(1, abs=1e-4)
+        assert line["ratio_before"] < 1e-5
+        assert line["grad_norm"] > 0
+        assert line["zero_variance_share"] == 0
+        assert line["reward"] == pytest.approx(line["reward_brightness"])
+        assert {"reward_flicker", "reward_sharpness", "clip_fraction", "unscored", "reward_std"} <= line.keys()
+    groups = lines_of(out / "rewards.jsonl")
+    assert [len(line["prompts"]) for line in groups] == [2, 2, 2]
+    assert groups[0]["window"] == [0, 3]
+    assert len({p["prompt"] for line in groups[:2] for p in line["prompts"]}) == 4  # others each time
+    assert [line["epoch"] for line in lines_of(out / "evaluations.jsonl")] == [0, 2, 3]
+    assert (out / "eval/over_time.mp4").stat().st_size > 0
+    scores = json.loads((out / "eval/epoch_000002/scores.json").read_text())
+    assert [one["seed"] for one in scores["videos"]] == [42, 43, 44]
+    assert (out / "eval/epoch_000002/video_1.mp4").exists()
+    assert not (out / "eval/epoch_000002/video_2.mp4").exists()
+    assert sorted(p.name for p in out.glob("lora-checkpoint-*")) == [
+        f"lora-checkpoint-{n}{kind}" for n in (2, 3) for kind in ("", "-ema")
+    ]
+
+
+def test_a_checkpoint_folder_is_peft_s_and_holds_what_osp_next_s_does(folder, tmp_path):
+    assert train(folder, tmp_path, num_epochs=2) == 0
+    place = tmp_path / "lora-checkpoint-4"
+    config = peft.LoraConfig.from_pretrained(str(place))
+    assert (config.r, config.lora_alpha) == (4, 8)
+    tensors = load_file(place / "adapter_model.safetensors")
+    other = torch.load(place / "adapter_model.bin", weights_only=True)
+    name = "base_model.model.blocks.1.cross_attn.o.lora_B"
+    assert torch.equal(tensors[f"{name}.weight"], other[f"{name}.default.weight"])
+    assert tensors[f"{name}.weight"].abs().max() > 0
+    average = read_adapter(tmp_path / "lora-checkpoint-4-ema")
+    shadow = read_state(place / "iter_000000004", "average.transformer.")
+    assert torch.equal(average.pairs["blocks.0.self_attn.q"].up, shadow["blocks.0.self_attn.q.lora_B.default.weight"])
+    assert json.loads((place / "rl_training_state.json").read_text()) == {"global_step": 4, "next_epoch": 2}
+    clipper = torch.load(place / "adaptive_grad_clipper.pt", weights_only=True)
+    assert clipper["moving_avg_max_grad_norm"] > 0
+    assert yaml.safe_load((place / "config.yaml").read_text())["lora_config"]["rank"] == 4
+    base = load_file(folder / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert not set(base) & set(tensors)
+
+
+def equal_states(one: Path, other: Path) -> None:
+    mine, theirs = read_state(one, ""), read_state(other, "")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    records = [json.loads((place / "record.json").read_text()) for place in (one, other)]
+    for record in records:
+        record["data"].pop("seconds")
+    assert records[0] == records[1]
+
+
+def test_in_pieces_it_is_the_run_that_was_never_interrupted(folder, tmp_path, capsys):
+    mix = {"rl_config__window": "random", "rl_config__sde_steps": 2, "rl_config__window_interval": 1}
+    assert train(folder, tmp_path / "whole", **mix) == 0
+    assert train(folder, tmp_path / "pieces", time_budget_minutes=1e-6, **mix) == 0
+    assert "stopped at epoch 0 of 3, step 0: start again to go on" in capsys.readouterr().out
+    assert train(folder, tmp_path / "pieces", num_epochs=1, **mix) == 0
+    # As if it had been killed in the second epoch: its lines are there, its state is not.
+    with (tmp_path / "pieces/rewards.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 1, "prompts": []}) + "\n{")
+    assert train(folder, tmp_path / "pieces", **mix) == 0
+    assert "resumed from" in capsys.readouterr().out
+    equal_states(*(tmp_path / name / "iter_000000006" for name in ("whole", "pieces")))
+    for log in ("train_log.jsonl", "rewards.jsonl"):
+        assert lines_of(tmp_path / "whole" / log) == lines_of(tmp_path / "pieces" / log)
+
+
+def test_a_checkpoint_folder_goes_on_exactly_in_another_run(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "whole") == 0
+    assert train(folder, tmp_path / "first", num_epochs=1) == 0
+    start = tmp_path / "first/lora-checkpoint-2"
+    assert train(folder, tmp_path / "second", lora_config__lora_path=start) == 0
+    assert f"goes on from {start}: epoch 1, step 2" in capsys.readouterr().out
+    one, other = (read_state(tmp_path / name / "iter_000000006", "") for name in ("whole", "second"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["adaptive_grad_clipper.pt", "adaptive_grad_clip_states.pt"])
+def test_osp_nexts_own_folder_goes_on_with_its_clipper_and_epoch(folder, tmp_path, capsys, name):
+    assert train(folder, tmp_path / "first", num_epochs=1) == 0
+    old = tmp_path / "first/lora-checkpoint-2"
+    (old / "adaptive_grad_clipper.pt").rename(old / name)
+    (old / "adapter_model.safetensors").unlink()  # theirs has the .bin alone
+    state = newest(old)
+    assert state is not None
+    for file in (*state.iterdir(),):
+        file.unlink()
+    state.rmdir()
+    assert train(folder, tmp_path / "second", num_epochs=1, lora_config__lora_path=old) == 0
+    assert "epoch 1, step 2" in capsys.readouterr().out
+    record = json.loads((tmp_path / "second/iter_000000002/record.json").read_text())
+    assert record["clipper"]["mean"] > 0
+
+
+@pytest.mark.long
+def test_the_reward_rises(folder, tmp_path):
+    """By more than four of the deviations that videos of one prompt had at the start."""
+    settings = {"num_epochs": 60, "optimizer_config__eps": 1e-15, "gradient_accumulation_steps": 4}
+    settings |= {"rl_config__num_batches_per_epoch": 4, "rl_config__eval_freq": 60, "optimizer_config__lr": 0.005}
+    assert train(folder, tmp_path, **settings) == 0
+    log = lines_of(tmp_path / "train_log.jsonl")
+    early, late = (sum(line["reward"] for line in some) / 5 for some in (log[:5], log[-5:]))
+    assert late > early + 2 * log[0]["reward_std"]
+    before, after = lines_of(tmp_path / "evaluations.jsonl")
+    assert after["brightness"] > before["brightness"] + 1.5 * log[0]["reward_std"]
+
+
+# ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_ratio_that_is_not_one_stops_the_run_and_says_why(folder, tmp_path, monkeypatch, capsys):
+    """As if another adapter had rolled out than the one that is trained."""
+    roll = Roller.roll
+
+    def roll_and_change(self, epoch, check):
+        rolled = roll(self, epoch, check)
+        with torch.no_grad():
+            self.policy.transformer.blocks[0].self_attn.q.lora_B["default"].weight.add_(0.5)
+        return rolled
+
+    monkeypatch.setattr(Roller, "roll", roll_and_change)
+    assert train(folder, tmp_path, rl_config__clip_range=1e-4) == 2
+    said = capsys.readouterr().err
+    assert "before an update the probability ratio is" in said
+    assert "5.0e-05 is allowed" in said
+    assert "All differ: the weights or the text are not those of the rollout" in said
+    assert newest(tmp_path) is None
+
+
+def test_cheating_is_suspected_where_the_reward_rises_and_a_watched_one_falls(folder, tmp_path):
+    config = config_of(folder, tmp_path).rl_config
+    before = {"reward": 0.5, "flicker": 0.9, "sharpness": 0.2}
+    assert suspicions({"reward": 0.6, "flicker": 0.9, "sharpness": 0.19}, before, config) == []
+    assert suspicions({"reward": 0.4, "flicker": 0.1, "sharpness": 0.0}, before, config) == []
+    (line,) = suspicions({"reward": 0.6, "flicker": 0.5, "sharpness": 0.2}, before, config)
+    assert "flicker, which nobody optimises, fell from 0.9 to 0.5" in line
+
+
+def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys):
+    assert train(folder, tmp_path, rl_config__reward_fn="{shapes: 1.0}", rl_config__eval_prompt_file=None) == 2
+    assert "not one of epoch 0's 8 videos could be scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rl_config__reward_fn": "{videoalign: 1.0}"}, "load_from_pretrained"),
+        ({"rl_config__reward_fn": "{brightnes: 1.0}"}, "did you mean 'brightness'"),
+        ({"rl_config__num_image_per_prompt": 5}, "8 videos, no multiple of num_image_per_prompt 5"),
+        ({"rl_config__watch_fn": "[brightness]"}, "watch_fn names brightness, which reward_fn optimises"),
+        ({"rl_config__best_of_n": 3}, "best_of_n is 3: it must be even"),
+        ({"rl_config__prompt_file": "nowhere.txt"}, "nowhere.txt"),
+        ({"lora_config__target_modules": "[self_attn.x]"}, "self_attn.x"),
+        ({"reward_config__options": "{motion: {}}"}, "names motion, which reward_fn and watch_fn do not"),
+        ({"weight_dtype": "fp16"}, "training needs bf16's range"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_rolled_out(folder, tmp_path, capsys, settings, said):
+    assert train(folder, tmp_path / "run", **settings) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/iter_*"))
+
+
+def test_the_seed_yaml_runs(folder, tmp_path, capsys):
+    """OSP-Next's own file, with real paths, a small size and a reward that needs no download."""
+    own = yaml.safe_load(SEED.read_text())
+    own["model_config"] = {"pretrained_model_dir_or_checkpoint": str(folder / "pipeline/transformer")}
+    own["vae_config"] = {"vae_path": str(folder / "pipeline/vae"), "dtype": "fp32"}
+    own["text_encoder_config"] = {
+        "text_len": 12,
+        "checkpoint_path": str(folder / "pipeline/text_encoder"),
+        "text_tokenizer_path": str(folder / "pipeline/tokenizer"),
+        "use_fsdp": True,
+    }
+    own["data_config"]["dataset_config"] = {
+        "text_tokenizer_path": str(folder / "pipeline/tokenizer"),
+        "tokenizer_max_length": 12,
+    }
+    own["rl_config"] |= {"prompt_file": str(folder / "prompts.txt"), "eval_prompt_file": str(folder / "held_out.txt")}
+    own["rl_config"] |= {"height": 32, "width": 48, "num_frames": 5, "reward_fn": {"brightness": 1.0}}
+    own |= {"output_dir": str(tmp_path / "run"), "num_epochs": 1, "weight_dtype": "fp32"}
+    (tmp_path / "rl.yaml").write_text(yaml.safe_dump(own))
+    assert main(["rl", str(tmp_path / "rl.yaml"), "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "10 of 25 steps random (leading, osp 1), shift 7, guidance 5" in said
+    assert "take OSP-Next's recipe for generating, 7" in said
+    assert "an epoch has 8 videos" in said
+    assert (tmp_path / "run/lora-checkpoint-4/adapter_model.bin").exists()
+
+
+def test_sigterm_in_an_epoch_leaves_the_state_before_it(folder, tmp_path):
+    words = words_of(folder, tmp_path, num_epochs=100_000, rl_config__eval_prompt_file=None)
+    running = subprocess.Popen([sys.executable, "-m", "ospnext", "rl", *words], stdout=subprocess.PIPE, text=True)
+    while running.poll() is None and newest(tmp_path) is None:
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGTERM)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert "start again to go on" in said
+    last = newest(tmp_path)
+    assert last is not None
+    epoch = json.loads((last / "record.json").read_text())["data"]["epoch"]
+    assert train(folder, tmp_path, num_epochs=epoch + 1, rl_config__eval_prompt_file=None) == 0
+    assert [line["epoch"] for line in lines_of(tmp_path / "train_log.jsonl")] == list(range(epoch + 1))
+
+
+# ── meanings of keys ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_schedule_shift_is_reported_where_it_differs_from_the_models(folder, tmp_path):
+    job = settle(config_of(folder, tmp_path, scheduler_config__shift=5.0), Launch())
+    assert job.plan.sampling.shift == 5.0
+    assert any("the model is deployed with 3" in line for line in job.notices)
+    job = settle(config_of(folder, tmp_path, rl_config__sde_steps=4), Launch())
+    assert any("sde_steps is 4: 3 are random" in line for line in job.notices)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rl_config__sample_time_per_prompt": 2},
+        {"rl_config__best_of_n": 2, "rl_config__train_batch_size": 2},
+        {"rl_config__kl_beta": 0.1, "rl_config__kl_convention": "no_dt"},
+        {"rl_config__kl_reward": 0.5},
+        {"rl_config__use_cfg_in_train": False},
+        {"rl_config__cfg_gradient": "detached"},
+        {"rl_config__guidance_scale": 1.0},
+        {"rl_config__guidance_mode": "sequential", "gradient_checkpointing": True},
+        {"rl_config__num_inner_epochs": 2, "rl_config__timestep_fraction": 0.5},
+        {"rl_config__noise": "cps", "rl_config__flash": 0.5, "rl_config__sde_steps": 1, "rl_config__same_noise": True},
+        {"rl_config__noise": "dance", "rl_config__per_prompt_stat_tracking": False},
+        {"rl_config__noise": "flow", "rl_config__global_std": True, "rl_config__reward_mixing": "advantages"},
+        {"model_config__quant": "hif8"},
+        {"encoder_cpu_offload": True, "rl_config__train_batch_size": 3, "reward_config__separate": "[brightness]"},
+    ],
+    ids=lambda settings: ", ".join(key.rpartition("__")[2] for key in settings),
+)
+def test_every_way_starts_at_ratio_one_and_trains(folder, tmp_path, settings):
+    assert train(folder, tmp_path, **{"num_epochs": 2, "rl_config__eval_prompt_file": None} | settings) == 0
+    log = lines_of(tmp_path / "train_log.jsonl")
+    assert len(log) == 2
+    for line in log:
+        assert line["ratio_before"] < 1e-4
+        assert line["grad_norm"] > 0
+        assert math.isfinite(line["loss"])
+    if "rl_config__kl_beta" in settings:
+        assert log[0]["kl"] < log[1]["kl"]
+
+
+def test_the_divergence_of_a_rollout_is_taken_off_its_reward(folder, tmp_path):
+    """Before the first update there is none, after it there is."""
+    logs = {}
+    for name, weight in (("without", 0.0), ("with", 100.0)):
+        settings = {"rl_config__kl_reward": weight, "num_epochs": 2, "rl_config__eval_prompt_file": None}
+        assert train(folder, tmp_path / name, **settings, optimizer_config__lr=0.1) == 0
+        logs[name] = lines_of(tmp_path / name / "train_log.jsonl")
+    assert logs["with"][0]["reward"] == pytest.approx(logs["without"][0]["reward"])
+    assert logs["with"][1]["reward"] < logs["with"][1]["reward_brightness"] - 1e-4
+
+
+def test_prompts_with_several_rewards_are_mixed_either_way(folder, tmp_path):
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [40.0, 10.0, 20.0, 30.0]], dtype=torch.float64)
+    worth = Worth(rewards.sum(0), {"a": rewards[0], "brightness": rewards[1]}, torch.tensor([0, 0, 1, 1]), {})
+    c = config_of(folder, tmp_path).rl_config.model_copy(update={"reward_fn": {"a": 1.0, "brightness": 1.0}})
+    summed = advantages_of(c, worth)
+    assert summed.tolist() == pytest.approx([1, -1, -1, 1], abs=1e-3)
+    each = advantages_of(c.model_copy(update={"reward_mixing": "advantages"}), worth)
+    assert each.tolist() == pytest.approx([0, 0, -2, 2], abs=1e-3)
+
+
+def test_defaults_are_the_seeds(folder, tmp_path):
+    c = config_of(folder, tmp_path)
+    assert (c.num_epochs, c.save_interval, SETTINGS["num_epochs"]) == (3, 100, 3)
+    own = c.rl_config.model_fields["clip_range"].default, c.rl_config.model_fields["num_inference_steps"].default
+    assert own == (5e-3, 20)
