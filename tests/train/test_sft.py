@@ -1,6 +1,7 @@
 """``ospnext train``: from the command to a pipeline that samples, resumed exactly; clear words for what is wrong."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -174,12 +175,35 @@ def test_training_starts_from_given_weights(tmp_path, vae_folder, way):
             torch.testing.assert_close(tensor, other[key], rtol=0, atol=1e-6)
 
 
-def test_checkpointed_gradients_are_the_same(tmp_path, vae_folder):
-    for name, checkpointing in (("plain", False), ("again", True)):
-        assert train(tmp_path / name, vae_folder, gradient_checkpointing=checkpointing) == 0
-    one, other = (read_state(tmp_path / name / "iter_000000005") for name in ("plain", "again"))
+def test_checkpointed_gradients_are_the_same(tmp_path, vae_folder, capsys):
+    ways = {"plain": {}, "all": {"gradient_checkpointing": True}}
+    ways["some"] = ways["all"] | {"selective_checkpointing": 0.5}
+    for name, settings in ways.items():
+        assert train(tmp_path / name, vae_folder, **settings) == 0
+    said = capsys.readouterr().out
+    assert "blocks checkpointed, not compiled" in said
+    assert "blocks 50% of them checkpointed, not compiled" in said
+    one, *others = (read_state(tmp_path / name / "iter_000000005") for name in ways)
     for key, tensor in one.items():
-        torch.testing.assert_close(tensor, other[key])
+        for other in others:
+            torch.testing.assert_close(tensor, other[key])
+    assert train(tmp_path / "run", vae_folder, selective_checkpointing=0.5) == 2
+    assert "gradient_checkpointing is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "blocks"), [(1, 8), (0.5, 4), (0.25, 2), (0.7, 5), (0.01, 0)])
+def test_a_share_of_the_blocks_is_run_again(share, blocks):
+    model = OSPNextTransformer3DModel(**ARCHITECTURE | {"num_layers": 8}).train()
+    torch.nn.init.normal_(model.head.head.weight)
+    runs = [0] * 8
+    for i, block in enumerate(model.blocks):
+        block.ffn.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    model.checkpoint_blocks(share)
+    model(torch.randn(1, 4, 2, 8, 8), torch.rand(1), torch.randn(1, 128, 32))[0].sum().backward()
+    assert sum(runs) == 8 + blocks
+    again = [i for i in range(8) if runs[i] == 2]
+    gaps = [b - a for a, b in pairwise(again)]
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
 class Oracle(torch.nn.Module):

@@ -2,7 +2,7 @@
 
     mesh = build_mesh(sizes, "cuda")
     weights = copies_mesh(copies, "cuda")
-    report = parallelise(model, mesh, weights, Options(checkpointing=True))
+    report = parallelise(model, mesh, weights, Options(checkpointing=1.0))
 
 Sizes are held to each other by ``fit``, before there is a process group or a model.
 """
@@ -26,13 +26,14 @@ class Options:
 
     Attributes:
         sharding: of the weights.
-        checkpointing: recompute blocks in the backward pass instead of keeping what is inside them.
+        checkpointing: share of the blocks that are recomputed in the backward pass instead of keeping what is inside
+            them, evenly spread.
         compile_backend: compile every block with it (``inductor``, ``aot_eager``); None runs them as written.
         overlap: exchange tokens while blocks compute, in sampling; see ``ShardedSwitch``.
     """
 
     sharding: Sharding = field(default_factory=Sharding)
-    checkpointing: bool = False
+    checkpointing: float = 0.0
     compile_backend: str | None = None
     overlap: bool = False
 
@@ -87,7 +88,7 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh | None, options: Opt
         raise ValueError(f"{mesh.sizes.world} processes share the videos, but {weights.size()} the weights: use all")
     apply_sequence_parallel(model, mesh, options.overlap)
     if options.checkpointing:
-        model.enable_gradient_checkpointing()
+        model.checkpoint_blocks(options.checkpointing)
     if options.compile_backend is not None:
         compile_blocks(model, options.compile_backend)
     if weights is not None:
@@ -131,6 +132,13 @@ def compile_blocks(model: Any, backend: str) -> None:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
 
 
+def describe_checkpointing(share: float) -> str:
+    """Which blocks are recomputed, in words."""
+    if 0 < share < 1:
+        return f"{share:.0%} of them checkpointed"
+    return "checkpointed" if share else "not checkpointed"
+
+
 def describe(sizes: Sizes, copies: Copies) -> str:
     """Who shares what, in a line."""
     world = f"{sizes.world} processes" if sizes.world > 1 else "one process"
@@ -147,7 +155,7 @@ def _report(mesh: Mesh, weights: DeviceMesh | None, options: Options) -> list[st
     shards = 1 if weights is None else weights["fsdp"].size()
     lines = [
         describe(mesh.sizes, Copies(world // shards, shards)),
-        f"blocks: {'checkpointed' if options.checkpointing else 'not checkpointed'}, "
+        f"blocks: {describe_checkpointing(options.checkpointing)}, "
         f"{'not compiled' if options.compile_backend is None else f'compiled by {options.compile_backend}'}",
     ]
     notice = offload_notice(options.sharding, mesh.devices.device_type)

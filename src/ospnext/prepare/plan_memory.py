@@ -128,11 +128,9 @@ def _inference_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
 def _training_activations(recipe: Recipe, mesh: Mesh) -> dict[str, int]:
     """What blocks, head and embedding keep for the backward pass, and what more that needs, the head first."""
     blocks, entry, head = held_by_blocks(recipe, mesh), _entry(recipe, mesh), _head(recipe, mesh)
-    if recipe.checkpointing:
-        kept, more = blocks.total() * entry, max(held.backward_peak for held in blocks) - entry
-    else:
-        kept = sum(held.saved * number for held, number in blocks.items())
-        more = max(held.backward_peak - held.saved for held in blocks)
+    share, whole = recipe.checkpointing, sum(held.saved * number for held, number in blocks.items())
+    kept = int(share * blocks.total() * entry + (1 - share) * whole)
+    more = max(held.backward_peak - (entry if share else held.saved) for held in blocks)
     settings = recipe.settings
     patch = settings["in_dim"] * math.prod(settings["patch_size"])
     kept += rows(recipe, mesh) * recipe.grid.tokens * patch * recipe.dtype.itemsize  # what is embedded, for its weight

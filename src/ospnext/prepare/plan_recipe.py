@@ -66,7 +66,8 @@ class Recipe:
         offload_text: the text encoder leaves the device once prompts are encoded.
         train_text: the text encoder is trained along.
         tiling: ``vae_tiling`` of generate.
-        checkpointing, accumulation: of training.
+        checkpointing: share of the blocks that training recomputes.
+        accumulation: of training.
         teacher: whether a frozen teacher, taken to be of the same size, stands beside what is trained.
         assumed: what nobody said and was taken for granted.
     """
@@ -88,7 +89,7 @@ class Recipe:
     offload_text: bool
     train_text: bool
     tiling: str
-    checkpointing: bool
+    checkpointing: float
     accumulation: int
     teacher: bool
     assumed: tuple[str, ...]
@@ -162,7 +163,7 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         offload_text=generate is not None and generate.encoder_cpu_offload,
         train_text=train is not None and train.train_text_encoder,
         tiling=generate.vae_tiling if generate else "auto",
-        checkpointing=train is not None and train.gradient_checkpointing,
+        checkpointing=train.checkpointed if train else 0.0,
         accumulation=train.gradient_accumulation_steps if train else 1,
         teacher=train is not None and train.distillation_config.weight > 0,
         assumed=tuple(assumed),

@@ -84,7 +84,7 @@ def step_flops(recipe: Recipe, mesh: Mesh) -> dict[str, Flops]:
     if recipe.kind == "train":
         blocks = Flops(*(sum(found[name][i] for name in ("dense blocks", "sparse blocks")) for i in (0, 1)))
         if recipe.checkpointing:
-            found["blocks run again"] = blocks
+            found["blocks run again"] = Flops(*(int(recipe.checkpointing * flops) for flops in blocks))
         outside = found["embeddings and head"].linear
         # Five products for the two of a forward attention: its scores are made again.
         found["backward"] = Flops(2 * (blocks.linear + outside), 5 * blocks.attention // 2)
@@ -114,7 +114,7 @@ def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
         own = sharded(recipe.transformer, mesh.fsdp)
         reduced = _REDUCED * (weights * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
     return Sent(
-        each * (ways + again) * sequence.attends(settings["dim"]),
+        int(each * (ways + again) * sequence.attends(settings["dim"])),
         each * ways * sequence.switches(settings["dim"]),
         int(passes(recipe, mesh) * fetched),
         int(reduced),
@@ -131,7 +131,7 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     attention = slowed / device.attention(recipe.kernel, recipe.dtype)
     moved = 0
     for held, number in held_by_blocks(recipe, mesh).items():
-        moved += number * (held.forward_traffic * (1 + again) + held.backward_traffic)
+        moved += number * (int(held.forward_traffic * (1 + again)) + held.backward_traffic)
     reordered = 2 * _reordered(recipe, mesh) * (1 + training)
     bandwidth = device.bandwidth(recipe.code)
     elementwise = times * (moved / bandwidth + reordered / device.bandwidth("eager"))

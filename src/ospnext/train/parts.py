@@ -373,7 +373,7 @@ def build(config: TrainConfig, job: Job, crew: Crew) -> Components:
 def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTransformer3DModel:
     """The transformer in float32, or in ``weight_dtype`` below a float32 adapter: this process's part of it."""
     compiled = config.compile and job.device.type != "cpu"
-    options = Options(crew.sharding, config.gradient_checkpointing, "inductor" if compiled else None)
+    options = Options(crew.sharding, config.checkpointed, "inductor" if compiled else None)
     if job.sources.transformer is None:
         torch.manual_seed(config.seed)
         model = OSPNextTransformer3DModel(**job.transformer).to(job.device)
@@ -387,8 +387,8 @@ def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTrans
             job.sources.transformer, crew, dtype, options=options, **trained_as(config, job.adapter)
         )
     if crew.mesh is None:
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        if config.checkpointed:
+            model.checkpoint_blocks(config.checkpointed)
         if compiled:
             model.compile_repeated_blocks(dynamic=False)
     return model

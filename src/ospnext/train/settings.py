@@ -139,6 +139,12 @@ class TrainConfig(RunConfig):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations backward: less memory, more time"
     )
+    selective_checkpointing: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the blocks that gradient_checkpointing recomputes, evenly spread; 1: all",
+    )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="batches of one optimiser step")
     init_max_grad_norm: float = Field(
         default=1.0, gt=0, description="largest norm gradients are scaled down to at first; then it follows the run"
@@ -166,6 +172,11 @@ class TrainConfig(RunConfig):
     data_config: DataConfig = DataConfig()
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
+    @property
+    def checkpointed(self) -> float:
+        """Share of the blocks that are recomputed in the backward pass."""
+        return self.selective_checkpointing if self.gradient_checkpointing else 0.0
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         data, clip = self.data_config.dataset_name, self.data_config.dataset_config
@@ -181,6 +192,11 @@ class TrainConfig(RunConfig):
             )
         if data != "shapes" and self.train_text_encoder:
             raise ValueError(f"train_text_encoder is for rendered shapes, but data_config.dataset_name is {data}")
+        if self.selective_checkpointing < 1 and not self.gradient_checkpointing:
+            raise ValueError(
+                f"selective_checkpointing is {self.selective_checkpointing:g}, but gradient_checkpointing is off: set "
+                "gradient_checkpointing=true too"
+            )
         if self.distillation_config.weight and self.train_text_encoder:
             raise ValueError(
                 "distillation_config.weight is above 0: the teacher knows its text encoder as it is, so "

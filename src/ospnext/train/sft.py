@@ -25,7 +25,7 @@ from ospnext.generate.manifest import only_run, write_text
 from ospnext.generate.run import make_folder
 from ospnext.models.text import encode_tokens
 from ospnext.ops.attention import describe_kernel
-from ospnext.parallel.apply import describe
+from ospnext.parallel.apply import describe, describe_checkpointing
 from ospnext.parallel.launch import Launch, agree
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
@@ -247,7 +247,7 @@ def report(config: TrainConfig, job: Job, parts: Components, notices: list[str])
         f"latents {latents}; attention: {describe_kernel(config.attention_kernel, device, dtype)}; "
         f"8 bits: {describe_eight_bits(parts.transformer)}; "
         f"{describe(job.sizes.sizes, job.sizes.copies)}; blocks "
-        f"{'checkpointed' if config.gradient_checkpointing else 'not checkpointed'}, "
+        f"{describe_checkpointing(config.checkpointed)}, "
         f"{'compiled' if config.compile and device.type != 'cpu' else 'not compiled'}; {clips} clips a step"
     )
 
