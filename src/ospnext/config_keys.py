@@ -130,6 +130,8 @@ _TABLE: tuple[Row, ...] = (
             "max_sequence_length": "text_encoder_config.text_len",
         },
     ),
+    *_moved("generate", {"lora_config.lora_path": "lora_path"}),
+    *_no_effect("generate", "rank alpha target_modules", "the LoRA's files say it", "lora_config"),
     # Train and RL
     *_mapped("train", "training_iteration log_interval deterministic_training"),
     *_mapped("train rl", "gradient_checkpointing gradient_accumulation_steps init_max_grad_norm save_interval"),

@@ -280,7 +280,7 @@ BAD: dict[str, tuple[Callable[[], Tensors], str]] = {
     "alphas that are gone": (
         lambda: without(COMFY, f"{Q}.alpha"),
         r"no alpha for 1 of 20 linears, such as blocks.0.self_attn.q: put its adapter_config.json beside it, or say "
-        "alpha=N",
+        "it: ospnext convert-lora SRC DST --to peft alpha=N",
     ),
     "kohya's without alpha": (
         lambda: {k: x for k, x in STYLES["kohya"][1].items() if "alpha" not in k},

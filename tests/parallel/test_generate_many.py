@@ -10,6 +10,9 @@ import pytest
 import torch
 from processes import Processes
 
+from ospnext.checkpoints.lora import linear_shapes
+from ospnext.checkpoints.lora_files import Adapter, Pair, write_adapter
+from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import read_video
 
 Group = Callable[[int], Processes]
@@ -76,6 +79,26 @@ def test_in_8_bits_too(world: int, mesh: tuple[str, ...], processes: Group, expe
     first, *others = (result["latents"] for result in found)
     assert 0.01 < (first - plain).norm() / plain.norm() < 0.2
     assert all(other.equal(first) for other in others)
+
+
+def test_with_loras_too(processes: Group, expected: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = linear_shapes(OSPNextPipeline.from_pretrained("shapes").transformer)
+    words = []
+    for number, target in enumerate(("self_attn.q", "ffn.2")):
+        named = [name for name in shapes if name.endswith(target)]
+        pairs = {}
+        for name in named:
+            down, up = ((3, shapes[name][1]), (shapes[name][0], 3))
+            pairs[name] = Pair(*(0.1 * torch.randn(size, generator=generator) for size in (down, up)), 6.0)
+        words.append(str(write_adapter(Adapter(pairs), tmp_path / str(number))))
+    given = (f"lora_path=[{','.join(words)}]", "lora_scale=[0.5,1]")
+    one = cases.frames(0, 1, given, PROMPTS[:2])["latents"]
+    plain = expected(())["latents"]
+    assert (one - plain).norm() > 0.01 * plain.norm()
+    for mesh in ((*SSP2, "fsdp_size=2"), (*ULYSSES2, "fsdp_size=1")):
+        for found in processes(2).run(cases.frames, 2, (*given, *mesh), PROMPTS[:2]):
+            torch.testing.assert_close(found["latents"], one, atol=2e-4, rtol=2e-4)
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_merged_is_the_adapter_loaded(
     assert main(["merge-lora", str(base), str(lora), str(target), "max_shard_size=100000", *given]) == 0
     said = capsys.readouterr().out
     assert f"wrote {target}: 12 weights changed by {lora}" in said
-    assert "(peft's style, rank 4, scale 1)" in said
+    assert "(peft's style, 12 linears, rank 4, alpha 2), scale 1" in said
     options = {} if base.is_dir() else {"num_heads": 2, "skiparse_model_type": "dual_end"}
     merged = load_transformer(target, **options)
     loaded = load_transformer(base, adapters=[WithAdapter(read_adapter(lora))], **options)

@@ -12,9 +12,10 @@ whole on every process, from a seed, and each process keeps its own rows: so it 
 """
 
 import math
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -25,7 +26,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ospnext.checkpoints.lora_files import Adapter, Pair, Size
+from ospnext.checkpoints.lora_files import Adapter, Pair, Size, in_words
 from ospnext.checkpoints.read import CheckpointError, list_names
 from ospnext.parallel.fsdp import shard_of, whole
 from ospnext.sections import LoraConfig
@@ -136,7 +137,9 @@ def inject(
         rank_pattern={n: size.rank for n, size in sizes.items() if size.rank != rank},
         alpha_pattern={n: size.alpha for n, size in sizes.items() if size.alpha != alpha},
     )
-    inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True  # what diffusers' own methods for adapters look at
     for module_name in sizes:
         for linear in _linears(model.get_submodule(module_name), name):
@@ -217,6 +220,71 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was
 
 
+# ── several, weighed, and inside the weights ──────────────────────────────────────────────────────────────────────────
+
+
+def loaded_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that a model carries, in the order they were put on."""
+    return list(getattr(model, "peft_config", None) or {})
+
+
+def use_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Compute with these adapters, each times its weight, and without the others; not for training.
+
+    Raises:
+        CheckpointError: the model carries no adapter of a name.
+    """
+    known = loaded_adapters(model)
+    if unknown := [name for name in weights if name not in known]:
+        raise CheckpointError(f"no adapter is called {list_names(unknown)}: loaded are {list_names(known) or 'none'}")
+    for _, layer in _lora_modules(model):
+        layer.set_adapter(list(weights), inference_mode=True)
+        for name, weight in weights.items():
+            layer.set_scale(name, weight)
+
+
+@torch.no_grad()
+def fuse(model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
+    """Add the adapters in use to the weights, which then compute alone, at the speed of the model without them.
+
+    Args:
+        model: whole, not sharded.
+        scale: times each of them.
+
+    Returns:
+        The weights as they were, in host memory, for ``unfuse``: subtracting would not give them back exactly.
+
+    Raises:
+        CheckpointError: weights are in 8 bits. Nothing has changed.
+    """
+    layers = [(n, layer) for n, layer in _lora_modules(model) if any(a in layer.lora_A for a in layer.active_adapters)]
+    if coded := [name for name, layer in layers if not layer.get_base_layer().weight.is_floating_point()]:
+        raise CheckpointError(
+            f"{len(coded)} weights are in 8 bits, such as {coded[0]}, into which an adapter would be lost: leave it "
+            "beside them"
+        )
+    before: dict[str, Tensor] = {}
+    for name, layer in layers:
+        weight, names = layer.get_base_layer().weight, [a for a in layer.active_adapters if a in layer.lora_A]
+        before[name] = weight.detach().to("cpu", copy=True)
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in names:
+            down, up = _linears(layer, adapter)
+            total = total + scale * layer.scaling[adapter] * (up.weight.float() @ down.weight.float())
+        weight.copy_(total)
+        layer.merged_adapters = names
+    return before
+
+
+@torch.no_grad()
+def unfuse(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Undo ``fuse``, exactly."""
+    for name, weight in before.items():
+        layer: Any = model.get_submodule(name)
+        layer.get_base_layer().weight.copy_(weight)
+        layer.merged_adapters = []
+
+
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -244,11 +312,9 @@ def describe_adapter(model: nn.Module, name: str = DEFAULT) -> str:
     ranks = sorted({layer.r[name] for _, layer in layers})
     alphas = sorted({float(layer.lora_alpha[name]) for _, layer in layers})
     numbers = sum(p.numel() for _, layer in layers for linear in _linears(layer, name) for p in linear.parameters())
-    return f"lora on {len(layers)} linears: rank {_range(ranks)}, alpha {_range(alphas)}, {numbers / 1e6:.2f}M numbers"
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+    return (
+        f"lora on {len(layers)} linears: rank {in_words(ranks)}, alpha {in_words(alphas)}, {numbers / 1e6:.2f}M numbers"
+    )
 
 
 def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

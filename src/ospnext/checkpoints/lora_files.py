@@ -10,7 +10,7 @@ put on it (``lora``) or merged into it (``merge``).
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,14 @@ class Adapter(NamedTuple):
     diffs: Mapping[str, Tensor] = {}
     source: str = "the adapter"
     style: str = "peft"
+
+    def __str__(self) -> str:
+        ranks = sorted({len(pair.down) for pair in self.pairs.values()})
+        alphas = sorted({pair.alpha for pair in self.pairs.values()})
+        more = f", {len(self.diffs)} differences" if self.diffs else ""
+        return (
+            f"{self.style}'s style, {len(self.pairs)} linears, rank {in_words(ranks)}, alpha {in_words(alphas)}{more}"
+        )
 
     def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Size]:
         """Rank and alpha by linear, once it is sure that it is an adapter of these.
@@ -199,7 +207,7 @@ def _put_together(
     if unknown and (keys.style in ALWAYS_WITH_ALPHA or len(unknown) < len(pairs)):
         raise CheckpointError(
             f"{file}: no alpha for {len(unknown)} of {len(pairs)} linears, such as {unknown[0]}: put its {CONFIG} "
-            "beside it, or say alpha=N (rank, if the trainer had none)"
+            "beside it, or say it: ospnext convert-lora SRC DST --to peft alpha=N"
         )
     return Adapter(pairs, diffs, str(file), keys.style)
 
@@ -342,6 +350,12 @@ def _header(adapter: Adapter, to: str) -> dict[str, str]:
         if len(values) == 1:
             said[key] = f"{values[0]:g}"
     return said
+
+
+def in_words(values: Sequence[float]) -> str:
+    """Sorted numbers as they are said: one, or from the least to the largest."""
+    ends = [f"{value:g}" for value in values]
+    return "none" if not ends else ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
 
 
 def _plain(value: float) -> float | int:

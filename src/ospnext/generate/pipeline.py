@@ -32,6 +32,7 @@ from ospnext.generate.inputs import (
     check_call,
     initial_latents,
 )
+from ospnext.generate.lora import LoraMethods
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING, read_model_settings
 from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
@@ -46,7 +47,7 @@ _MODULES = ("transformer", "vae", "text_encoder")
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class OSPNextPipeline(DiffusionPipeline):
+class OSPNextPipeline(LoraMethods, DiffusionPipeline):
     """Text to video with the sparse transformer.
 
     Args:
@@ -98,6 +99,8 @@ class OSPNextPipeline(DiffusionPipeline):
         self.sharded: frozenset[str] = frozenset()
         self.halves: BothHalves | None = None
         self.team: Team | None = None
+        self._lora_weights: dict[str, float] = {}
+        self._unfused: dict[str, Tensor] | None = None
         self._device: torch.device | None = None
         self._guidance_scale = 0.0
         self._num_timesteps = 0

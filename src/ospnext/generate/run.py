@@ -26,6 +26,7 @@ import ospnext
 from ospnext.assemble import Crew, join
 from ospnext.checkpoints.fill import progress_bar
 from ospnext.checkpoints.formats import SPARSE_KEYS
+from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError, dump_yaml
 from ospnext.device import device_label
 from ospnext.generate.manifest import Manifest, VideoTask, only_run, write_text
@@ -188,7 +189,9 @@ def shared_settings(config: GenerateConfig, plan: Plan) -> dict[str, Any]:
     if eight_bits:
         eight_bits["8 bits"] = plan.eight_bits
     text_len = config.text_encoder_config.text_len or plan.transformer["text_len"]
-    others = {"text_len": text_len, "save_fps": config.save_fps}
+    others: dict[str, Any] = {"text_len": text_len, "save_fps": config.save_fps}
+    if config.lora_paths:
+        others["lora"] = {str(Path(p).resolve()): s for p, s in zip(config.lora_paths, config.lora_scales, strict=True)}
     return paths | dtypes | sparse | eight_bits | plan.sampling._asdict() | others
 
 
@@ -210,6 +213,7 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
     notes = [*config.notices, *([] if idle is None else [idle])]
     return {
         "model": "shapes (embedded)" if config.embedded else str(plan.places.transformer),
+        **describe_loras(config, plan),
         "device": device_label(device),
         "numbers": ", ".join(
             f"{name.replace('_', ' ')} {_short(dtype)}" for name, dtype in plan.dtypes._asdict().items()
@@ -227,6 +231,16 @@ def describe_run(config: GenerateConfig, plan: Plan, device: torch.device) -> di
         "notes": "\n".join(notes) or "none",
         "versions": f"ospnext {ospnext.__version__}, torch {torch.__version__}, diffusers {version('diffusers')}",
     }
+
+
+def describe_loras(config: GenerateConfig, plan: Plan) -> dict[str, str]:
+    """What the report says of LoRAs; nothing where there is none."""
+    lines = [
+        f"{adapter.source.source} ({adapter.source}), scale {scale:g}"
+        for adapter, scale in zip(plan.adapters, config.lora_scales, strict=True)
+        if isinstance(adapter.source, Adapter)
+    ]
+    return {"lora": "\n".join(lines)} if lines else {}
 
 
 def print_report(report: Mapping[str, str]) -> None:

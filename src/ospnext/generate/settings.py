@@ -101,6 +101,10 @@ class GenerateConfig(RunConfig):
         default=None,
         description="a pipeline folder, or 'shapes' (embedded); default: embedded unless model_config has weights",
     )
+    lora_path: str | tuple[str, ...] | None = Field(
+        default=None, description="a LoRA, a folder or file of any style, or a list of them"
+    )
+    lora_scale: float | tuple[float, ...] = Field(default=1.0, description="times the LoRA; a list gives each its own")
     prompt: str | tuple[str, ...] | None = Field(default=None, description="one prompt, or a list of prompts")
     prompts: str | None = Field(default=None, description="a file with a prompt per line")
     prompt_txt: str | None = Field(
@@ -147,7 +151,19 @@ class GenerateConfig(RunConfig):
                 f"model ({self.model}) and model_config.pretrained_model_dir_or_checkpoint ({weights}) both name "
                 "weights: keep one"
             )
+        if isinstance(self.lora_scale, tuple) and len(self.lora_scale) != len(self.lora_paths):
+            raise ValueError(f"lora_scale has {len(self.lora_scale)} numbers for {len(self.lora_paths)} of lora_path")
         return self
+
+    @property
+    def lora_paths(self) -> tuple[str, ...]:
+        """Every LoRA that is named."""
+        return (self.lora_path,) if isinstance(self.lora_path, str) else self.lora_path or ()
+
+    @property
+    def lora_scales(self) -> tuple[float, ...]:
+        """The scale of each of them."""
+        return self.lora_scale if isinstance(self.lora_scale, tuple) else (self.lora_scale,) * len(self.lora_paths)
 
     @property
     def embedded(self) -> bool:

@@ -21,6 +21,8 @@ from ospnext.checkpoints.load import (
     load_transformer,
     load_vae,
 )
+from ospnext.checkpoints.lora import WithAdapter
+from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.checkpoints.memory import OutOfMemoryError
 from ospnext.device import free_memory, resolve_dtype, working_dtype
 from ospnext.generate.pipeline import OSPNextPipeline
@@ -60,7 +62,8 @@ class Footprint(NamedTuple):
 
 class Plan(NamedTuple):
     """What a run will do: where its components are, the transformer's settings, every component's dtype, sampling
-    values, which components stay on the CPU while idle, who shares what, and what runs in 8 bits: in words, as keys."""
+    values, which components stay on the CPU while idle, who shares what, what runs in 8 bits (in words, as keys), and
+    the LoRAs, read."""
 
     places: ComponentPaths
     transformer: dict[str, Any]
@@ -70,6 +73,7 @@ class Plan(NamedTuple):
     sizes: Fit
     eight_bits: str
     quant: dict[str, Any]
+    adapters: tuple[WithAdapter, ...]
 
 
 def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> Plan:
@@ -86,10 +90,15 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
     places = find_sources(config)
     dtypes = choose_dtypes(config, device)
     quant = quant_keys(config.transformer_config)
+    adapters = tuple(
+        WithAdapter(read_adapter(path), dtypes.transformer, f"lora_{number}", trained=False)
+        for number, path in enumerate(config.lora_paths)
+    )
     transformer = load_transformer(
         places.transformer,
         dtype=dtypes.transformer,
         device="meta",
+        adapters=adapters,
         quant=quant | {"quant_execution": "emulation"},
         **config.architecture(),
     )
@@ -122,7 +131,7 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
         asked |= {"vae", "text_encoder"}
     offload = choose_offload(parts, device, frozenset(asked))
     eight_bits = describe(transformer, execution)
-    return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes, eight_bits, quant)
+    return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes, eight_bits, quant, adapters)
 
 
 def check_fit(
@@ -321,6 +330,7 @@ def load_pipeline(
         home("transformer"),
         progress=progress,
         quant=plan.quant,
+        adapters=plan.adapters,
         **config.architecture(),
     )
     transformer.set_attention_kernel(config.attention_kernel)
@@ -335,6 +345,7 @@ def load_pipeline(
         choose_scheduler(config, places, plan.sampling),
         places.settings,
     )
+    pipe.set_adapters([adapter.name for adapter in plan.adapters], config.lora_scales)
     if crew.weights is not None:
         pipe.sharded = frozenset(("transformer", "text_encoder"))
     if crew.mesh is not None:

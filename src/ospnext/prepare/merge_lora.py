@@ -77,10 +77,7 @@ def run(config: MergeLoraConfig) -> str:
                 bar.update(task, description="copying the other parts", total=None)
         else:
             changed = merge(base, target, config.overwrite)
-    ranks = sorted({len(pair.down) for pair in adapter.pairs.values()})
-    rank = f"rank {', '.join(map(str, ranks))}, " if ranks else ""
-    how = f"{adapter.style}'s style, {rank}scale {config.scale:g}"
-    return f"wrote {target}: {changed} weights changed by {adapter.source} ({how})"
+    return f"wrote {target}: {changed} weights changed by {adapter.source} ({adapter}), scale {config.scale:g}"
 
 
 def convert(config: ConvertLoraConfig) -> str:
