@@ -14,7 +14,7 @@ from ospnext.config_keys import key_rules
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
-from ospnext.parallel.state import newest, read
+from ospnext.parallel.state import newest, read, read_record
 from ospnext.train.settings import TrainConfig
 from ospnext.train.sft import run
 from ospnext.train.video_vae import VAEArchitecture
@@ -79,6 +79,33 @@ def save_base(folder: Path) -> dict[str, str]:
             p.add_(torch.randn_like(p), alpha=0.1)
     save_transformer(model, folder)
     return {"model_config.pretrained_model_dir_or_checkpoint": str(folder), "lora_config.rank": "3"}
+
+
+def save_foreign(state: Path, folder: Path, by_name: bool) -> Path:
+    """A state of ours as OSP-Next would have written it."""
+    folder.mkdir(parents=True)
+    live = read(state, "live.transformer.")
+    names = [name for name, _ in model_of(live).named_parameters()]
+    torch.save({name: live[name] for name in names}, folder / "model_state_dict.pt")
+    torch.save(read(state, "average.transformer."), folder / "ema_model_state_dict.pt")
+    steps = read(state, "optimiser.steps")[""][0]
+    first, second = (read(state, f"{kind}.transformer.") for kind in ("exp_avg", "exp_avg_sq"))
+    moments = {n: {"step": steps, "exp_avg": first[n], "exp_avg_sq": second[n]} for n in names}
+    numbered = moments if by_name else dict(enumerate(moments.values()))
+    groups = [{"lr": 1e-5, "betas": (0.9, 0.999), "params": list(numbered)}]
+    torch.save({"state": numbered, "param_groups": groups}, folder / "optim_state_dict.pt")
+    clipper = read_record(state)["clipper"]
+    kept = {"moving_avg_max_grad_norm": clipper["mean"], "moving_avg_max_grad_norm_var": clipper["variance"]}
+    torch.save(kept | {"clip_grad_ema_decay": 0.99}, folder / "adaptive_grad_clip_states.pt")
+    return folder
+
+
+def model_of(live: dict[str, torch.Tensor]) -> OSPNextTransformer3DModel:
+    """A model of the tests' sizes with these weights."""
+    sizes = {k.partition(".")[2]: v for k, v in SETTINGS.items() if k.startswith("model_config.")}
+    model = OSPNextTransformer3DModel(**sizes)
+    model.load_state_dict(live)
+    return model
 
 
 def config_of(values: dict[str, Any]) -> TrainConfig:

@@ -16,7 +16,7 @@ from processes import Processes
 from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import read_video
-from ospnext.parallel.state import newest, step_of
+from ospnext.parallel.state import newest, read, read_record, step_of
 
 Group = Callable[[int], Processes]
 
@@ -131,6 +131,46 @@ def test_videos_along_the_way_are_those_of_one_process(
         apart.append(abs(read_video(video).frames.astype(int) - other).mean())
     assert max(apart) < 1, "a colour that is rounded otherwise moves the codec a little"
     assert apart.count(0) >= 3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_goes_on_from_osp_nexts_own_folder(
+    world: int, processes: Group, paths: Any, expected: Any, tmp_path: Path
+) -> None:
+    assert cases.train(0, 1, paths | {"output_dir": tmp_path / "run", "optimizer_config.eps": 1e-4}) == ""
+    state = newest(tmp_path / "run")
+    assert state is not None
+    old = cases.save_foreign(state, tmp_path / "old" / state.name, by_name=world == 1)
+    values = paths | {"output_dir": tmp_path / "on", "import_checkpoint": old, "fsdp_size": world}
+    said = [cases.train(0, 1, values)] if world == 1 else processes(2).run(cases.train, 2, values, seconds=PATIENCE)
+    assert set(said) == {""}
+    found, wanted = (read(newest(tmp_path / name), "") for name in ("on", "run"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    records = [read_record(newest(tmp_path / name)) for name in ("on", "run")]
+    assert [records[0][key] for key in ("step", "clipper")] == [records[1][key] for key in ("step", "clipper")]
+    assert cases.train(0, 1, values | {"training_iteration": 5}) == "", "and on, from its own state"
+
+
+def test_an_old_folder_that_is_not_whole_is_refused_by_name(paths: Any, expected: Any, tmp_path: Path) -> None:
+    assert cases.train(0, 1, paths | {"output_dir": tmp_path / "run", "training_iteration": 1}) == ""
+    state = newest(tmp_path / "run")
+    assert state is not None
+    old = cases.save_foreign(state, tmp_path / "old/iter_000000001", by_name=True)
+    values = paths | {"output_dir": tmp_path / "on", "import_checkpoint": old}
+    for name in ("ema_model_state_dict.pt", "optim_state_dict.pt"):
+        kept = (old / name).read_bytes()
+        (old / name).write_bytes(kept[: len(kept) // 2])
+        assert f"{old / name}: cannot be read" in cases.train(0, 1, values)
+        (old / name).unlink()
+        assert f"{old} is not complete: {name} not there" in cases.train(0, 1, values)
+        (old / name).write_bytes(kept)
+    average = torch.load(old / "ema_model_state_dict.pt", weights_only=True)
+    average["blocks.9.modulation"] = average.pop("blocks.0.modulation")
+    torch.save(average, old / "ema_model_state_dict.pt")
+    assert "of another model: 2 names or shapes differ, such as blocks.0.modulation" in cases.train(0, 1, values)
+    assert "name a folder iter_NUMBER" in cases.train(0, 1, values | {"import_checkpoint": tmp_path})
+    assert not (tmp_path / "on").exists()
 
 
 @pytest.mark.long

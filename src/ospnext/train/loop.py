@@ -73,6 +73,7 @@ class Surroundings:
         trackers: where lines of the log go besides the file; in the first process.
         meter: counts the work, for throughput in the log.
         after_step: called after each step and its average, before it is saved, with the state.
+        begin: called with the state where there is none to resume; returns what is to be said of it.
         about: plain values that states keep: what is needed to make a model of them.
     """
 
@@ -82,6 +83,7 @@ class Surroundings:
     meter: Meter | None = None
     after_step: Callable[[TrainState, Log], None] = lambda state, log: None
     about: Mapping[str, Any] = field(default_factory=dict)
+    begin: Callable[[TrainState], str] | None = None
 
 
 def seed_of(*numbers: int) -> int:
@@ -128,6 +130,8 @@ def fit(
     if (folder := latest(settings.output_dir)) is not None:
         state.load(folder)
         say(f"resumed from {folder}: step {state.step} of {settings.iterations}")
+    elif around.begin is not None:
+        say(around.begin(state))
     deadline = time.monotonic() + 60 * (settings.time_budget_minutes or float("inf"))
     writer = StateWriter(settings.output_dir, settings.keep)
     log = Log(settings.output_dir, around.launch, around.trackers(state), around.meter, device, state.step)

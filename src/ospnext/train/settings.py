@@ -124,6 +124,11 @@ class TrainConfig(RunConfig):
     model: str | None = Field(
         default=None, description="train this pipeline folder, or 'shapes' (embedded), further; default: the sections"
     )
+    import_checkpoint: str | None = Field(
+        default=None,
+        description="iter_ folder of OSP-Next to go on from, with its average and optimiser, where output_dir holds no "
+        "state yet",
+    )
     convert_layouts: bool = Field(
         default=False,
         description="sparse settings of model_config win over those of the weights: so dense weights become sparse",

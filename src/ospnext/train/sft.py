@@ -32,6 +32,7 @@ from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.export import export_adapter, export_pipeline
 from ospnext.train.feed import Fed, Feed
 from ospnext.train.flops import peak_flops, training_flops
+from ospnext.train.foreign import check_foreign, started_from, take_over
 from ospnext.train.log import Log, Losses, Meter
 from ospnext.train.loop import LoopSettings, Surroundings, fit
 from ospnext.train.noise import add_noise
@@ -56,12 +57,14 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
     """
     launch = launch or Launch()
     torch.use_deterministic_algorithms(config.deterministic_training)
+    given, config = config, agree(launch, lambda: started_from(config))
     job = agree(launch, lambda: settle(config, launch))
+    agree(launch, lambda: check_foreign(config, job))
     agree(launch, lambda: check_teacher(config, job))
     names, said = agree(launch, lambda: tracker_names(config))
     asked = agree(launch, lambda: ask(config))
     with ExitStack() as folder:
-        agree(launch, lambda: open_folder(folder, config) if launch.first else None)
+        agree(launch, lambda: open_folder(folder, given) if launch.first else None)
         crew = arrange(config, job)
         parts = agree(launch, lambda: build(config, job, crew))
         teacher = agree(launch, lambda: build_teacher(config, job, crew))
@@ -77,6 +80,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
             meter,
             after_all(folder.enter_context(profiled(config, launch)), validation),
             about(config, job, parts),
+            None if (old := config.import_checkpoint) is None else lambda state: take_over(Path(old), state),
         )
         losses = make_losses(config, job, parts, feed, meter, teacher)
         state = fit(trained(config, parts), losses, loop_settings(config, crew.mesh is None), job.device, around)

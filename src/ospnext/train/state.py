@@ -46,6 +46,7 @@ class TrainState:
     Attributes:
         step: steps taken, those left out included.
         tracker: what the trackers need to go on with the same run, plain values.
+        moments: AdamW's state of every parameter, by the parameter's name.
         terminated: whether the run was asked to end by a signal.
     """
 
@@ -64,7 +65,7 @@ class TrainState:
         self.step = 0
         self.tracker: dict[str, Any] = {}
         self.terminated = False
-        self._moments = moments(optimiser, average.live)
+        self.moments = moments(optimiser, average.live)
 
     def save(self, writer: StateWriter) -> None:
         """Begin to write the state; it is there once ``writer.finish`` has returned.
@@ -100,7 +101,7 @@ class TrainState:
             if self.data is not None and before is not None:
                 self.data.load_state_dict(before)
             raise
-        for moment, steps in zip(self._moments.values(), tensors["optimiser.steps"].tolist(), strict=True):
+        for moment, steps in zip(self.moments.values(), tensors["optimiser.steps"].tolist(), strict=True):
             moment["step"].fill_(steps)
         self.step, self.average.updates = record["step"], record["ema_updates"]
         self.clipper.load_state_dict(record["clipper"])
@@ -110,9 +111,9 @@ class TrainState:
         """All tensors by name; those of the optimiser's step counts are one copy."""
         named: dict[str, Tensor] = {f"live.{name}": p.detach() for name, p in self.average.live.items()}
         named |= {f"average.{name}": shadow for name, shadow in self.average.shadow.items()}
-        for name, moment in self._moments.items():
+        for name, moment in self.moments.items():
             named |= {f"{key}.{name}": moment[key] for key in ("exp_avg", "exp_avg_sq")}
-        return named | {"optimiser.steps": torch.stack([m["step"].detach().cpu() for m in self._moments.values()])}
+        return named | {"optimiser.steps": torch.stack([m["step"].detach().cpu() for m in self.moments.values()])}
 
     def record(self) -> dict[str, Any]:
         """All else, in plain values."""
@@ -141,8 +142,8 @@ def latest(output_dir: Path) -> Path | None:
         if not old:
             raise
         raise StateError(
-            f"{old[0].parent} was not written by this trainer: give another output_dir (weights of an older run are "
-            "started from with model_config.pretrained_model_dir_or_checkpoint)"
+            f"{old[0].parent} was not written by this trainer: give another output_dir, and go on from it with "
+            "import_checkpoint (or from its weights alone, with model_config.pretrained_model_dir_or_checkpoint)"
         ) from error
 
 
