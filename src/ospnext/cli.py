@@ -118,6 +118,17 @@ COMMANDS: dict[str, Command] = {
             "compare-shapes model=runs/shapes_dense/pipeline other.model=runs/shapes_dense_to_sparse/pipeline",
         ),
     ),
+    "evaluate reward": Command(
+        "score a folder of videos by the rewards of reinforcement learning",
+        "ospnext.evaluate.reward:EvaluateRewardConfig",
+        "ospnext.evaluate.reward:run",
+        arguments=("folder",),
+        examples=(
+            "evaluate reward outputs/osp_14b 'reward_fn={flicker: 1.0, motion: 1.0}'",
+            "evaluate reward outputs/osp_14b 'reward_fn={videoalign: 1.0}' 'reward_config.options={videoalign: "
+            "{load_from_pretrained: checkpoints/VideoReward, base_model: checkpoints/Qwen2-VL-2B-Instruct}}'",
+        ),
+    ),
     "convert": Command(
         "write a transformer checkpoint in another format",
         "ospnext.prepare.convert:ConvertConfig",

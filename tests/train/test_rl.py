@@ -194,6 +194,7 @@ def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"rl_config__reward_fn": "{videoalign: 1.0}"}, "load_from_pretrained"),
         ({"rl_config__reward_fn": "{brightnes: 1.0}"}, "did you mean 'brightness'"),
         ({"rl_config__num_image_per_prompt": 5}, "8 videos, no multiple of num_image_per_prompt 5"),
         ({"rl_config__watch_fn": "[brightness]"}, "watch_fn names brightness, which reward_fn optimises"),

@@ -38,6 +38,7 @@ BUILT_IN = {
     "flicker": "ospnext.rewards.simple:Flicker",
     "sharpness": "ospnext.rewards.simple:Sharpness",
     "shapes": "ospnext.rewards.shapes:Shapes",
+    "videoalign": "ospnext.rewards.videoalign:VideoAlign",
 }
 
 

@@ -1,11 +1,12 @@
 """What ``ospnext rl`` can be told."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ospnext.config import Config
 from ospnext.flow.sde import NOISE_LEVELS
+from ospnext.rewards.settings import RewardConfig
 from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig
 from ospnext.train.settings import OptimizerConfig, TrackerConfig
 from ospnext.train.window import Window
@@ -25,16 +26,6 @@ class RLOptimizerConfig(OptimizerConfig):
     lr: float = Field(default=5e-4, gt=0, description="learning rate")
     resume_override_lr: bool = Field(default=False, description="use resume_lr when a run is resumed")
     resume_lr: float | None = Field(default=None, gt=0, description="learning rate of a resumed run")
-
-
-class RewardConfig(Config):
-    """What rewards are made of, beside their weights."""
-
-    options: dict[str, dict[str, Any]] = Field(
-        default={}, description="options by the reward's name, such as {videoalign: {load_from_pretrained: FOLDER}}"
-    )
-    device: str | None = Field(default=None, description="where rewards compute, such as cuda:1; default: as the model")
-    separate: tuple[str, ...] = Field(default=(), description="rewards that get a process of their own")
 
 
 class GRPOConfig(Config):
