@@ -86,8 +86,13 @@ def test_results_are_those_of_the_function_then_rounded(
             to = Target(scale_max, largest.flatten() if by == "given" else by)
             got, want = together(t, to)[name], expected(x, to)
             assert got.values.dtype is fp8.E4M3
-            assert got.values.float().equal(want.values.float()), name
             assert got.inverse.shape == want.inverse.shape, name
+            if dtype is torch.float32 and device == "cuda" and name != "hold":
+                # A kernel that ends otherwise is compiled otherwise: sums differ in their last bit.
+                torch.testing.assert_close(got.inverse, want.inverse, rtol=1e-6, atol=0)
+                assert (got.float() - want.float()).norm() <= 2.0**-8 * want.float().norm(), name
+                continue
+            assert got.values.float().equal(want.values.float()), name
             assert got.inverse.equal(want.inverse), name
 
 

@@ -64,8 +64,18 @@ def amax(x: torch.Tensor, first: int) -> torch.Tensor:
 
 def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float) -> Held:
     """``x`` scaled so that ``largest`` becomes ``scale_max``, rounded to HiF8, as E4M3; what is larger saturates."""
+    scale, inverse = scales(largest, scale_max)
+    return Held(to_e4m3(x, scale, scale_max), inverse / headroom(scale_max))
+
+
+def scales(largest: torch.Tensor, scale_max: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What brings ``largest`` (float32) to ``scale_max``, and what brings it back; the same on every device.
+
+    Divided by a number, torch multiplies by its inverse on CUDA; divided by a tensor, it divides.
+    """
     largest = largest.clamp(min=SMALLEST_AMAX)
-    return Held(to_e4m3(x, scale_max / largest, scale_max), largest / scale_max / headroom(scale_max))
+    limit = torch.full_like(largest, scale_max)
+    return limit / largest, largest / limit
 
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor, scale_max: float) -> torch.Tensor:
@@ -113,19 +123,28 @@ def scaled_mm(
     """
     rows, columns = len(a), len(b)
     a, b = _padded(a), _padded(b)
-    # With a scale for every row CUDA gives bfloat16 only, and biases are added in half precision.
-    out_dtype = dtype if scale_a.numel() == 1 else torch.bfloat16
+    by_row = scale_a.numel() > 1
+    # With a scale for every row CUDA gives bfloat16 only and a CPU knows no such scale; CUDA adds half biases only.
+    out_dtype = dtype if not by_row else torch.bfloat16 if a.is_cuda else torch.float32
     inside = bias is not None and bias.dtype == out_dtype != torch.float32 and len(b) == columns and a.is_cuda
-    if scale_a.numel() == 1:
-        scale_a, scale_b = scale_a.reshape(()), scale_b.reshape(())
-    else:
-        scale_a = F.pad(scale_a, (0, 0, 0, len(a) - rows), value=1.0)
-        scale_b = scale_b.expand(1, len(b)).contiguous()
+    left, right = _aligned(scale_a.reshape(-1)[:1].reshape(())), _aligned(scale_b.reshape(()))
+    if by_row and a.is_cuda:
+        left = F.pad(scale_a, (0, 0, 0, len(a) - rows), value=1.0)
+        right = scale_b.expand(1, len(b)).contiguous()
+    elif by_row:
+        left = torch.ones_like(left)
     out = torch._scaled_mm(
-        a, b.t(), scale_a, scale_b, bias if inside else None, out_dtype=out_dtype, use_fast_accum=fast and a.is_cuda
+        a, b.t(), left, right, bias if inside else None, out_dtype=out_dtype, use_fast_accum=fast and a.is_cuda
     )
-    out = out[:rows, :columns].to(dtype)
-    return out if bias is None or inside else (out.float() + bias).to(dtype)
+    out = out[:rows, :columns]
+    if by_row and not a.is_cuda:
+        out = out * scale_a
+    return out.to(dtype) if bias is None or inside else (out.float() + bias).to(dtype)
+
+
+def _aligned(scale: torch.Tensor) -> torch.Tensor:
+    """A scale where cuBLAS reads it: at a multiple of 16 bytes."""
+    return scale.clone() if scale.data_ptr() % 16 else scale
 
 
 def _padded(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ospnext.ops.fp8 import Held
 if fused.TRITON:
     from ospnext.ops import triton_kernels
 
+_LEAST_CHUNK, _CHUNK = 512, 4096  # numbers of a program
 _LARGEST_FACTOR = 16.0  # the kernels leave out numbers that are zero in E4M3 up to here
 
 
@@ -83,22 +84,31 @@ def gelu(x: torch.Tensor, to: Target) -> Held:
     """GELU (tanh) of ``x [B, N, dim]``, held."""
     if not _kernels(x, to):
         return _hold(F.gelu(x, approximate="tanh"), to)
-    return _passes(x, to, lambda into: triton_kernels.activate(x.contiguous(), None, True, x.dtype, into))
+    return _activated(x, None, True, x.dtype, to)
 
 
 def hold(x: torch.Tensor, to: Target) -> Held:
     """``x [B, N, dim]``, held."""
     if not _kernels(x, to):
         return _hold(x, to)
-    return _passes(x, to, lambda into: triton_kernels.activate(x.contiguous(), None, False, x.dtype, into))
+    return _activated(x, None, False, x.dtype, to)
 
 
 def hold_again(x: Held, dtype: torch.dtype, to: Target) -> Held:
     """``x``, values ``[B, N, dim]`` with one scale for each sample, rounded to ``dtype`` and held in another scale."""
     if not _kernels(x.values, to):
         return _hold(x.float().to(dtype), to)
-    scale = x.inverse.reshape(-1).contiguous()
-    return _passes(x.values, to, lambda into: triton_kernels.activate(x.values, scale, False, dtype, into))
+    return _activated(x.values, x.inverse.reshape(-1).contiguous(), False, dtype, to)
+
+
+def _activated(x: torch.Tensor, scale: torch.Tensor | None, gelu: bool, dtype: torch.dtype, to: Target) -> Held:
+    """An element-wise kernel: rows mean nothing to it where tokens have no scales of their own."""
+    flat = x.contiguous()
+    chunk = x[0].numel() & -x[0].numel()  # the largest power of two that divides it
+    if not (isinstance(to.by, str) and to.by == "token") and chunk >= _LEAST_CHUNK:
+        flat = flat.view(len(x), -1, min(chunk, _CHUNK))
+    held = _passes(flat, to, lambda into: triton_kernels.activate(flat, scale, gelu, dtype, into))
+    return Held(held.values.view(x.shape), held.inverse)
 
 
 def _passes(x: torch.Tensor, to: Target, run: Callable[..., torch.Tensor]) -> Held:

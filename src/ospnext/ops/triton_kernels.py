@@ -52,9 +52,9 @@ class Into(NamedTuple):
         if isinstance(by, str):
             inverse = torch.empty((*x.shape[:2], 1), dtype=torch.float32, device=x.device)
             return cls(_ROUNDED_BY_TOKEN, out, inverse, inverse, scale_max, factor)
-        largest = by.reshape(-1).clamp(min=fp8.SMALLEST_AMAX)
-        inverse = (largest / scale_max / factor).view(-1, 1, 1)
-        return cls(_ROUNDED, out, (scale_max / largest).expand(len(x)).contiguous(), inverse, scale_max, factor)
+        scale, inverse = fp8.scales(by.reshape(-1), scale_max)
+        scale = (scale * factor).expand(len(x)).contiguous()
+        return cls(_ROUNDED, out, scale, (inverse / factor).view(-1, 1, 1), scale_max, factor)
 
     def largest(self) -> torch.Tensor:
         """What was found, ``[B]``."""
@@ -62,52 +62,94 @@ class Into(NamedTuple):
 
 
 @triton.jit
-def _hif8(x, scale, FACTOR: tl.constexpr):
-    """``x · scale`` rounded to HiF8, halves away from zero, times FACTOR, as E4M3: ``fp8.to_e4m3``."""
-    limit: tl.constexpr = 448.0 / FACTOR
-    x = tl.clamp(x * scale, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+def _hif8(x, scale, FACTOR: tl.constexpr, WIDE: tl.constexpr):
+    """``x · scale`` rounded to HiF8, halves away from zero, as E4M3: ``fp8.to_e4m3``; FACTOR is in the scale.
+
+    HiF8 has three bits of mantissa from 1/8 to 16, two to either side, one below 1/128; what has fewer is zero in E4M3.
+    WIDE: there are numbers from 16 on. The last bit is set so that no number stands between two: those that did are
+    now beyond the middle. Then adding and taking away a power of two rounds to as many bits as there are between it
+    and the number.
+    """
+    x = ((x * scale).to(tl.int32, bitcast=True) | 1).to(tl.float32, bitcast=True)
     size = tl.abs(x)
-    # Half of the last place: three bits of mantissa from 1/8 to 16, then two, one below 1/128 and above 256. What has
-    # fewer still is zero in E4M3.
-    half = tl.where(size < 0.125, tl.where(size < 0.0078125, 1 << 21, 1 << 20), tl.where(size < 16.0, 1 << 19, 1 << 20))
-    bits = (x.to(tl.int32, bitcast=True) + half) & -(half + half)
-    rounded = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return (rounded * FACTOR).to(tl.float8e4nv)
+    power = tl.where(size < 0.0078125 * FACTOR, 22 << 23, tl.where(size < 0.125 * FACTOR, 21 << 23, 20 << 23))
+    if WIDE:
+        power = tl.where(size < 16.0 * FACTOR, power, 21 << 23)
+    large = ((x.to(tl.int32, bitcast=True) & -(1 << 23)) + power).to(tl.float32, bitcast=True)
+    return ((x + large) - large).to(tl.float8e4nv)
+
+
+@triton.jit
+def _load(at, column, DIM: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.load(at + column, mask=column < DIM, other=0.0)
+    else:
+        x = tl.load(at + column)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(at, column, x, DIM: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(at + column, x, mask=column < DIM)
+    else:
+        tl.store(at + column, x)
 
 
 @triton.jit
 def _put(
     x,
+    rest,
     row,
     batch,
-    column,
-    inside,
     out_at,
     scale_at,
     DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     DTYPE: tl.constexpr,
     MODE: tl.constexpr,
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """Write a token's result, rounded to DTYPE: 0 as it is, 1 its largest, 2 rounded, 3 rounded by its largest."""
-    x = x.to(DTYPE)
+    column = tl.arange(0, BLOCK)
+    beyond = BLOCK + tl.arange(0, REST if REST > 0 else 1)
+    masked: tl.constexpr = DIM < BLOCK + REST
+    x = x.to(DTYPE).to(tl.float32)
+    rest = rest.to(DTYPE).to(tl.float32)
     if MODE == 0:
-        tl.store(out_at + row * DIM + column, x, mask=inside)
+        _store(out_at + row * DIM, column, x.to(DTYPE), DIM, False)
+        if REST > 0:
+            _store(out_at + row * DIM, beyond, rest.to(DTYPE), DIM, masked)
     else:
-        x = x.to(tl.float32)
         if MODE == 2:
             scale = tl.load(scale_at + batch)
         else:
-            largest = tl.max(tl.where(inside, tl.abs(x), 0.0), axis=0)
+            largest = tl.max(tl.abs(x), axis=0)
+            if REST > 0:
+                largest = tl.maximum(largest, tl.max(tl.where(beyond < DIM, tl.abs(rest), 0.0), axis=0))
             if MODE == 1:
                 tl.store(out_at + row, largest)
             else:
                 largest = tl.maximum(largest, 7.888609052210118e-31)  # fp8.SMALLEST_AMAX
-                scale = tl.div_rn(MAX, largest)
-                tl.store(scale_at + row, tl.div_rn(largest, MAX) / FACTOR)
+                scale = tl.div_rn(MAX + 0 * largest, largest) * FACTOR
+                tl.store(scale_at + row, tl.div_rn(largest, MAX + 0 * largest) / FACTOR)
         if MODE != 1:
-            tl.store(out_at + row * DIM + column, _hif8(x, scale, FACTOR), mask=inside)
+            wide: tl.constexpr = MODE == 2 or MAX > 15.5
+            _store(out_at + row * DIM, column, _hif8(x, scale, FACTOR, wide), DIM, False)
+            if REST > 0:
+                _store(out_at + row * DIM, beyond, _hif8(rest, scale, FACTOR, wide), DIM, masked)
+
+
+@triton.jit
+def _rotated(x, table_at, START: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr):
+    """Pairs of every head rotated; ``x [SIZE]`` begins at column START."""
+    even, odd = tl.split(tl.reshape(x, (SIZE // 2, 2)))
+    pair = (START // 2 + tl.arange(0, SIZE // 2)) % (HEAD // 2)
+    cos = tl.load(table_at + pair)
+    sin = tl.load(table_at + HEAD // 2 + pair)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (SIZE,))
 
 
 @triton.jit
@@ -120,6 +162,7 @@ def _rms_norm(
     eps,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     HEAD: tl.constexpr,
     MODE: tl.constexpr,
     MAX: tl.constexpr,
@@ -129,17 +172,35 @@ def _rms_norm(
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
     column = tl.arange(0, BLOCK)
-    inside = column < DIM
-    x = tl.load(x_at + row * DIM + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_at + column, mask=inside, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / DIM + eps) * weight
-    if HEAD > 0:  # rotate the pairs of every head
-        even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
-        pair = tl.arange(0, BLOCK // 2) % (HEAD // 2)
-        cos = tl.load(table_at + token * HEAD + pair)
-        sin = tl.load(table_at + token * HEAD + HEAD // 2 + pair)
-        x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
-    _put(x, row, batch, column, inside, out_at, put_scale_at, DIM, x_at.dtype.element_ty, MODE, MAX, FACTOR)
+    masked: tl.constexpr = DIM < BLOCK + REST
+    x = _load(x_at + row * DIM, column, DIM, False)
+    rest = x
+    squares = tl.sum(x * x, axis=0)
+    if REST > 0:
+        beyond = BLOCK + tl.arange(0, REST)
+        rest = _load(x_at + row * DIM, beyond, DIM, masked)
+        squares += tl.sum(rest * rest, axis=0)
+    inverse = tl.rsqrt(squares / DIM + eps)
+    x = x * inverse * _load(weight_at, column, DIM, False)
+    if HEAD > 0:
+        x = _rotated(x, table_at + token * HEAD, 0, BLOCK, HEAD)
+    if REST > 0:
+        rest = rest * inverse * _load(weight_at, beyond, DIM, masked)
+        if HEAD > 0:
+            rest = _rotated(rest, table_at + token * HEAD, BLOCK, REST, HEAD)
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    _put(x, rest, row, batch, out_at, put_scale_at, DIM, BLOCK, REST, dtype, MODE, MAX, FACTOR)
+
+
+@triton.jit
+def _added(x, y_at, gate_at, sum_at, column, DIM: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr):
+    """``x + y · gate``, rounded as it is stored."""
+    y = _load(y_at, column, DIM, MASKED)
+    if GATE:
+        y *= _load(gate_at, column, DIM, MASKED)
+    rounded = (x + y).to(sum_at.dtype.element_ty)
+    _store(sum_at, column, rounded, DIM, MASKED)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
@@ -158,6 +219,7 @@ def _add_norm(
     eps,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     ADD: tl.constexpr,
     GATE: tl.constexpr,
     NORM: tl.constexpr,
@@ -167,22 +229,48 @@ def _add_norm(
 ):
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
+    x_at += row * DIM
+    y_at += row * DIM
+    sum_at += row * DIM
+    gate_at += batch * gate_step
     column = tl.arange(0, BLOCK)
-    inside = column < DIM
-    x = tl.load(x_at + row * DIM + column, mask=inside, other=0.0).to(tl.float32)
+    masked: tl.constexpr = DIM < BLOCK + REST
+    x = _load(x_at, column, DIM, False)
+    rest = x
     if ADD:
-        y = tl.load(y_at + row * DIM + column, mask=inside, other=0.0).to(tl.float32)
-        if GATE:
-            y *= tl.load(gate_at + batch * gate_step + column, mask=inside, other=0.0).to(tl.float32)
-        rounded = (x + y).to(sum_at.dtype.element_ty)
-        tl.store(sum_at + row * DIM + column, rounded, mask=inside)
-        x = rounded.to(tl.float32)
+        x = _added(x, y_at, gate_at, sum_at, column, DIM, GATE, False)
+    if REST > 0:
+        beyond = BLOCK + tl.arange(0, REST)
+        rest = _load(x_at, beyond, DIM, masked)
+        if ADD:
+            rest = _added(rest, y_at, gate_at, sum_at, beyond, DIM, GATE, masked)
     if NORM:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / DIM, 0.0)
-        scale = tl.load(scale_at + batch * scale_step + column, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_at + batch * shift_step + column, mask=inside, other=0.0).to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / DIM + eps) * scale + shift
-        _put(x, row, batch, column, inside, out_at, put_scale_at, DIM, x_at.dtype.element_ty, MODE, MAX, FACTOR)
+        mean = tl.sum(x, axis=0)
+        if REST > 0:
+            mean += tl.sum(rest, axis=0)
+        mean /= DIM
+        x -= mean
+        squares = tl.sum(x * x, axis=0)
+        if REST > 0:
+            rest = tl.where(beyond < DIM, rest - mean, 0.0)
+            squares += tl.sum(rest * rest, axis=0)
+        inverse = tl.rsqrt(squares / DIM + eps)
+        scale_at += batch * scale_step
+        shift_at += batch * shift_step
+        x = x * inverse * _load(scale_at, column, DIM, False) + _load(shift_at, column, DIM, False)
+        if REST > 0:
+            rest = rest * inverse * _load(scale_at, beyond, DIM, masked) + _load(shift_at, beyond, DIM, masked)
+        dtype: tl.constexpr = x_at.dtype.element_ty
+        _put(x, rest, row, batch, out_at, put_scale_at, DIM, BLOCK, REST, dtype, MODE, MAX, FACTOR)
+
+
+@triton.jit
+def _activated(x, in_scale_at, batch, SCALED: tl.constexpr, GELU: tl.constexpr):
+    if SCALED:
+        x *= tl.load(in_scale_at + batch)
+    if GELU:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return x
 
 
 @triton.jit
@@ -193,6 +281,7 @@ def _activate(
     put_scale_at,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     SCALED: tl.constexpr,
     GELU: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -202,15 +291,18 @@ def _activate(
 ):
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < DIM
-    x = tl.load(x_at + row * DIM + column, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        x *= tl.load(in_scale_at + batch)
-    if GELU:  # tanh(u) = 1 - 2 / (exp(2u) + 1)
-        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x - x / (tl.exp(2 * u) + 1)
-    _put(x, row, batch, column, inside, out_at, put_scale_at, DIM, DTYPE, MODE, MAX, FACTOR)
+    x = _activated(_load(x_at + row * DIM, tl.arange(0, BLOCK), DIM, False), in_scale_at, batch, SCALED, GELU)
+    rest = x
+    if REST > 0:
+        rest = _load(x_at + row * DIM, BLOCK + tl.arange(0, REST), DIM, DIM < BLOCK + REST)
+        rest = _activated(rest, in_scale_at, batch, SCALED, GELU)
+    _put(x, rest, row, batch, out_at, put_scale_at, DIM, BLOCK, REST, DTYPE, MODE, MAX, FACTOR)
+
+
+def _split(dim: int) -> dict[str, int]:
+    """A row in two parts whose lengths are powers of two, as Triton wants them; only the second may be too long."""
+    block = 1 << (dim.bit_length() - 1)
+    return {"DIM": dim, "BLOCK": block, "REST": triton.next_power_of_2(dim - block) if dim > block else 0}
 
 
 def norm_rope(
@@ -226,8 +318,7 @@ def norm_rope(
         out,
         put.scale,
         eps,
-        DIM=dim,
-        BLOCK=triton.next_power_of_2(dim),
+        **_split(dim),
         HEAD=0 if table is None else table.shape[-1],
         MODE=put.mode,
         MAX=put.scale_max,
@@ -262,8 +353,7 @@ def add_norm(
         put.scale,
         *steps,
         eps,
-        DIM=dim,
-        BLOCK=triton.next_power_of_2(dim),
+        **_split(dim),
         ADD=y is not None,
         GATE=gate is not None,
         NORM=scale is not None,
@@ -282,23 +372,23 @@ def activate(
     x: torch.Tensor, in_scale: torch.Tensor | None, gelu: bool, dtype: torch.dtype, into: Into
 ) -> torch.Tensor:
     """``x [B, N, dim]`` contiguous, times ``in_scale [B or 1]``, GELU of it, rounded to ``dtype`` on the way."""
-    batch, tokens, dim = x.shape
-    block = triton.next_power_of_2(dim)
+    batch, tokens, dim = (
+        into.out.shape if into.mode != _LARGEST else (*into.out.shape, x[0].numel() // len(into.out[0]))
+    )
     scale = x if in_scale is None else in_scale.expand(batch).contiguous()
     _activate[(tokens, batch)](
         x,
         scale,
         into.out,
         into.scale,
-        DIM=dim,
-        BLOCK=block,
+        **_split(dim),
         SCALED=in_scale is not None,
         GELU=gelu,
         DTYPE=_DTYPES[dtype],
         MODE=into.mode,
         MAX=into.scale_max,
         FACTOR=into.factor,
-        num_warps=_WARPS if block <= 8192 else 2 * _WARPS,
+        num_warps=_WARPS,
     )
     return into.out
 

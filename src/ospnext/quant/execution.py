@@ -30,8 +30,7 @@ def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float, execution: Ex
     """
     if execution == "fp8":
         return fp8.hold(x, largest, scale_max)
-    largest = largest.clamp(min=fp8.SMALLEST_AMAX)
-    scale, inverse = scale_max / largest, largest / scale_max
+    scale, inverse = fp8.scales(largest, scale_max)
     limit = fp8.E4M3_MAX / fp8.headroom(scale_max)
     scaled = (x.detach().float() * scale).clamp(-limit, limit)
     if execution == "ascend":
