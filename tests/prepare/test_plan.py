@@ -43,6 +43,19 @@ def test_sharded_state_is_the_state_over_the_ranks() -> None:
     assert shared["master weights"] == pytest.approx(weights / 8, rel=1e-3)
 
 
+def test_an_adapter_has_the_state_and_the_weights_are_frozen() -> None:
+    given = ("fsdp_size=1", "lora_config.rank=32")
+    whole, adapter = (plan(TRAIN, *words, world=8).chosen for words in (given[:1], given))
+    state = adapter.phases[-1].parts
+    numbers = 40 * 8 * 32 * 2 * 5120
+    assert state["frozen weights"] == 2 * 14_288_491_584
+    assert state["master weights"] == state["gradients"] == state["EMA"] == state["optimiser"] // 2 == 4 * numbers
+    assert adapter.peak < 0.4 * whole.peak
+    assert adapter.step.linears < 0.8 * whole.step.linears
+    with pytest.raises(ValueError, match="no linear of this model is called to_q"):
+        plan(TRAIN, "lora_config.target_modules=[to_q]", world=8)
+
+
 def test_checkpointing_and_sharing_a_video_save_activations() -> None:
     def activations(*overrides: str) -> int:
         return plan(TRAIN, *overrides, world=8).chosen.phases[0].parts["activations"]

@@ -96,8 +96,10 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
 
 
 def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
-    own = sharded(recipe.transformer, mesh.fsdp) * _FLOAT32
+    own = sharded(recipe.trained, mesh.fsdp) * _FLOAT32
+    frozen = 0 if recipe.adapter is None else sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
     state = {
+        "frozen weights": frozen,
         "master weights": own,
         "gradients": own,
         "optimiser": 2 * own,
@@ -105,13 +107,17 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
         "text encoder": nbytes(recipe.text_encoder) * (5 if recipe.train_text else 1),
         "autoencoder": nbytes(recipe.vae),
     }
+    if not frozen:
+        del state["frozen weights"]
     if recipe.teacher:
         state["teacher"] = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
     half = recipe.dtype is not torch.float32
     if mesh.fsdp > 1:
-        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * count(recipe.transformer.blocks[0])
+        blocks = recipe.transformer.blocks
+        reduced = count(blocks[0]) if recipe.adapter is None else count(recipe.adapter) // len(blocks)
+        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * reduced
     else:  # autocast keeps a copy of every weight it has cast until the pass is over
-        gathered = count(recipe.transformer) * recipe.dtype.itemsize if half else 0
+        gathered = count(recipe.trained) * recipe.dtype.itemsize if half else 0
     step = {"gathered weights": gathered} | _training_activations(recipe, mesh)
     step["latents and tables"] = _tables(recipe, mesh)
     return Phase("forward and backward", state | step), Phase("optimiser step", state)

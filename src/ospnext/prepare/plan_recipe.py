@@ -17,6 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from ospnext.checkpoints.components import EMBEDDED, pipeline_folder
 from ospnext.checkpoints.formats import DEFAULTS, read_settings
 from ospnext.checkpoints.load import find_transformer, load_text_encoder, load_vae, open_transformer
+from ospnext.checkpoints.lora import NewAdapter, linear_shapes
 from ospnext.checkpoints.read import read_json
 from ospnext.config import PLACEHOLDER, Config, ConfigError, config_keys, load_config, read_yaml
 from ospnext.config_keys import key_rules
@@ -68,6 +69,7 @@ class Recipe:
         tiling: ``vae_tiling`` of generate.
         checkpointing: share of the blocks that training recomputes.
         accumulation: of training.
+        adapter: what is trained in place of the transformer, on the meta device; None where that is trained.
         teacher: whether a frozen teacher, taken to be of the same size, stands beside what is trained.
         assumed: what nobody said and was taken for granted.
     """
@@ -91,8 +93,14 @@ class Recipe:
     tiling: str
     checkpointing: float
     accumulation: int
+    adapter: nn.Module | None
     teacher: bool
     assumed: tuple[str, ...]
+
+    @property
+    def trained(self) -> nn.Module:
+        """What has gradients."""
+        return self.transformer if self.adapter is None else self.adapter
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,8 +134,9 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
     dtype = resolve_dtype(config.weight_dtype)
     settings = _transformer_settings(config, home, assumed)
     with torch.device("meta"):
-        # Training keeps its own copy in float32 and computes in weight_dtype.
-        transformer = _cast(OSPNextTransformer3DModel(**settings), torch.float32 if train else dtype)
+        # Training keeps its own copy in float32 and computes in weight_dtype; frozen weights are kept in that.
+        kept = torch.float32 if train and train.lora_config is None else dtype
+        transformer = _cast(OSPNextTransformer3DModel(**settings), kept)
     vae = _vae(config, home, assumed)
     text = _text_encoder(config, home, transformer.config, assumed)
     if generate is not None:
@@ -165,9 +174,21 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         tiling=generate.vae_tiling if generate else "auto",
         checkpointing=train.checkpointed if train else 0.0,
         accumulation=train.gradient_accumulation_steps if train else 1,
+        adapter=_adapter(train, transformer) if train else None,
         teacher=train is not None and train.distillation_config.weight > 0,
         assumed=tuple(assumed),
     )
+
+
+def _adapter(config: TrainConfig, transformer: OSPNextTransformer3DModel) -> nn.Module | None:
+    """A and B of the adapter that is trained, if one is; of one that is started from a file, as the keys say it is."""
+    if config.lora_config is None:
+        return None
+    shapes = linear_shapes(transformer)
+    sizes = NewAdapter.of(config.lora_config, config.seed).sizes(shapes)
+    with torch.device("meta"):
+        pairs = (((s.rank, shapes[name][1]), (shapes[name][0], s.rank)) for name, s in sizes.items())
+        return nn.ParameterList(nn.Parameter(torch.empty(shape)) for pair in pairs for shape in pair)
 
 
 def _code(config: RunConfig, device: Device) -> Code:

@@ -86,8 +86,10 @@ def step_flops(recipe: Recipe, mesh: Mesh) -> dict[str, Flops]:
         if recipe.checkpointing:
             found["blocks run again"] = Flops(*(int(recipe.checkpointing * flops) for flops in blocks))
         outside = found["embeddings and head"].linear
+        # Frozen weights have no gradient, and nothing before the blocks needs one; an adapter's own products are few.
+        linear = 2 * (blocks.linear + outside) if recipe.adapter is None else blocks.linear
         # Five products for the two of a forward attention: its scores are made again.
-        found["backward"] = Flops(2 * (blocks.linear + outside), 5 * blocks.attention // 2)
+        found["backward"] = Flops(linear, 5 * blocks.attention // 2)
     return found
 
 
@@ -111,8 +113,8 @@ def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
     fetched = (blocks * ways + weights - blocks) * recipe.dtype.itemsize * share
     reduced = 0.0
     if training:
-        own = sharded(recipe.transformer, mesh.fsdp)
-        reduced = _REDUCED * (weights * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
+        own = sharded(recipe.trained, mesh.fsdp)
+        reduced = _REDUCED * (count(recipe.trained) * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
     return Sent(
         int(each * (ways + again) * sequence.attends(settings["dim"])),
         each * ways * sequence.switches(settings["dim"]),
@@ -141,7 +143,7 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     reduce = sent.reductions / device.link(mesh.fsdp if mesh.ddp == 1 else mesh.world)
     optimiser = 0.0
     if training:
-        own = sharded(recipe.transformer, mesh.fsdp)
+        own = sharded(recipe.trained, mesh.fsdp)
         optimiser = own * 4 * _OPTIMISER_PASSES / device.bandwidth("eager")
     return Seconds(linears, attention, elementwise, exchanges, max(0.0, fetch + reduce - busy), optimiser)
 
