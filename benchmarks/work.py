@@ -197,9 +197,9 @@ class Ceilings:
             parts = [held(op.batch * n, op.heads, op.head_dim) for n in (op.queries, op.keys, op.keys)]
             if op.queries == op.keys:
                 q8, k8, v8 = (part._replace(values=part.values[None]) for part in parts)
-                return self._time(lambda: attention8.attend(q8, k8, v8, (op.queries,) * op.batch))
+                return self._time(lambda: attention8.attend(q8, k8, v8, (op.queries,) * op.batch, self.dtype))
             q8, k8, v8 = (part._replace(values=part.values.unflatten(0, (op.batch, -1))) for part in parts)
-            return self._time(lambda: attention8.attend(q8, k8, v8))
+            return self._time(lambda: attention8.attend(q8, k8, v8, None, self.dtype))
         if isinstance(op, Product):
             x, weight, bias = random(op.rows, op.inputs), random(op.outputs, op.inputs), random(op.outputs)
             return self._time(lambda: F.linear(x, weight, bias))

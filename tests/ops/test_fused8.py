@@ -114,16 +114,6 @@ def test_the_sum_is_that_of_add_norm(device: str) -> None:
             assert fused8.add_norm(t["x"], t["y"], None, t["weight"], t["weight"], EPS, Target(15.0, by))[0].equal(want)
 
 
-def test_what_is_held_is_held_in_another_scale(device: str) -> None:
-    x = inputs(SHAPES[1], device, torch.bfloat16)["x"]
-    with torch.no_grad():
-        first = fused8.hold(x, Target(224.0))
-        got = fused8.hold_again(first, torch.bfloat16, Target(15.0))
-    want = expected(first.float().bfloat16(), Target(15.0))
-    assert got.values.float().equal(want.values.float())
-    assert got.inverse.equal(want.inverse)
-
-
 def test_the_largest_is_everyones(device: str) -> None:
     """Another process may have a larger one."""
     t, seen = inputs(SHAPES[1], device, torch.float32), []

@@ -40,11 +40,24 @@ class Target(NamedTuple):
         """With the largest numbers of this process's part of the result, ``[B]``."""
         return self._replace(by=largest if self.reduce is None else self.reduce(largest))
 
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether the kernels round so."""
+        return fp8.headroom(self.scale_max) <= _LARGEST_FACTOR
+
+    def hold(self, x: torch.Tensor) -> Held:
+        """The plain form of everything here: ``x [B, N, dim]``, held."""
+        if isinstance(self.by, str) and self.by == "token":
+            return fp8.hold(x, fp8.amax(x, 2), self.scale_max)
+        by = self.found(fp8.amax(x, 1).flatten()).by if isinstance(self.by, str) else self.by
+        assert isinstance(by, torch.Tensor)
+        return fp8.hold(x, by.reshape(-1, 1, 1), self.scale_max)
+
 
 def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, to: Target) -> Held:
     """``fused.norm`` of ``x [B, N, dim]``, held."""
     if not _kernels(x, to):
-        return _hold(fused.norm(x, scale, shift, eps), to)
+        return to.hold(fused.norm(x, scale, shift, eps))
     return _passes(x, to, lambda into: triton_kernels.add_norm(x.contiguous(), None, None, scale, shift, eps, into)[1])
 
 
@@ -60,7 +73,7 @@ def add_norm(
     """``fused.add_norm``: the sum as it is, its norm held."""
     if not _kernels(x, to):
         total, normed = fused.add_norm(x, y, gate, scale, shift, eps)
-        return total, _hold(normed, to)
+        return total, to.hold(normed)
     if isinstance(to.by, str) and to.by == "tensor":  # the sum is written once, while the largest is looked for
         into = triton_kernels.Into.largest_of(x, to.scale_max)
         total, _ = triton_kernels.add_norm(x.contiguous(), y.contiguous(), gate, scale, shift, eps, into)
@@ -74,8 +87,8 @@ def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor | None,
     """``fused.norm_rope`` of ``x [B, N, dim]``, or ``fused.rms_norm`` without a table: values ``[B, N, dim]``."""
     if not _kernels(x, to):
         if table is None:
-            return _hold(fused.rms_norm(x, weight, eps), to)
-        return _hold(fused.norm_rope(x, weight, table, eps).flatten(2), to)
+            return to.hold(fused.rms_norm(x, weight, eps))
+        return to.hold(fused.norm_rope(x, weight, table, eps).flatten(2))
     table = None if table is None else table.contiguous()
     return _passes(x, to, lambda into: triton_kernels.norm_rope(x.contiguous(), weight, table, eps, into))
 
@@ -83,31 +96,24 @@ def norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor | None,
 def gelu(x: torch.Tensor, to: Target) -> Held:
     """GELU (tanh) of ``x [B, N, dim]``, held."""
     if not _kernels(x, to):
-        return _hold(F.gelu(x, approximate="tanh"), to)
-    return _activated(x, None, True, x.dtype, to)
+        return to.hold(F.gelu(x, approximate="tanh"))
+    return _activated(x, True, to)
 
 
 def hold(x: torch.Tensor, to: Target) -> Held:
     """``x [B, N, dim]``, held."""
     if not _kernels(x, to):
-        return _hold(x, to)
-    return _activated(x, None, False, x.dtype, to)
+        return to.hold(x)
+    return _activated(x, False, to)
 
 
-def hold_again(x: Held, dtype: torch.dtype, to: Target) -> Held:
-    """``x``, values ``[B, N, dim]`` with one scale for each sample, rounded to ``dtype`` and held in another scale."""
-    if not _kernels(x.values, to):
-        return _hold(x.float().to(dtype), to)
-    return _activated(x.values, x.inverse.reshape(-1).contiguous(), False, dtype, to)
-
-
-def _activated(x: torch.Tensor, scale: torch.Tensor | None, gelu: bool, dtype: torch.dtype, to: Target) -> Held:
+def _activated(x: torch.Tensor, gelu: bool, to: Target) -> Held:
     """An element-wise kernel: rows mean nothing to it where tokens have no scales of their own."""
     flat = x.contiguous()
     chunk = x[0].numel() & -x[0].numel()  # the largest power of two that divides it
     if not (isinstance(to.by, str) and to.by == "token") and chunk >= _LEAST_CHUNK:
         flat = flat.view(len(x), -1, min(chunk, _CHUNK))
-    held = _passes(flat, to, lambda into: triton_kernels.activate(flat, scale, gelu, dtype, into))
+    held = _passes(flat, to, lambda into: triton_kernels.activate(flat, gelu, into))
     return Held(held.values.view(x.shape), held.inverse)
 
 
@@ -121,15 +127,6 @@ def _passes(x: torch.Tensor, to: Target, run: Callable[..., torch.Tensor]) -> He
     return Held(run(into), into.inverse)
 
 
-def _hold(x: torch.Tensor, to: Target) -> Held:
-    """The plain form: ``x [B, N, dim]``."""
-    if isinstance(to.by, str) and to.by == "token":
-        return fp8.hold(x, fp8.amax(x, 2), to.scale_max)
-    by = to.found(fp8.amax(x, 1).flatten()).by if isinstance(to.by, str) else to.by
-    assert isinstance(by, torch.Tensor)
-    return fp8.hold(x, by.reshape(-1, 1, 1), to.scale_max)
-
-
 def _kernels(x: torch.Tensor, to: Target) -> bool:
     """Whether the kernels run: sampling on CUDA, with numbers that fit their rounding."""
-    return fused.sampling(x) and fp8.headroom(to.scale_max) <= _LARGEST_FACTOR
+    return fused.sampling(x) and to.fits_kernels

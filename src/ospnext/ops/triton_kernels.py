@@ -6,7 +6,7 @@ wide loads, also inside a compiled graph. Every kernel ends in ``_put``, which w
 HiF8, or only its largest number.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ospnext.ops import fp8
 
-_WARPS = 8
+_WARPS = 4
 
 _AS_IS, _LARGEST, _ROUNDED, _ROUNDED_BY_TOKEN = range(4)  # what ``_put`` does
 
@@ -59,6 +59,12 @@ class Into(NamedTuple):
     def largest(self) -> torch.Tensor:
         """What was found, ``[B]``."""
         return self.out.amax(1)
+
+    def of_part(self, part: Any) -> "Into":
+        """Of some tokens of one sample: ``part.rows`` of ``part.sample``."""
+        out = self.out[part.sample, part.rows]
+        scale = self.scale[part.sample]
+        return self._replace(out=out, scale=scale[part.rows] if self.mode == _ROUNDED_BY_TOKEN else scale)
 
 
 @triton.jit
@@ -265,38 +271,94 @@ def _add_norm(
 
 
 @triton.jit
-def _activated(x, in_scale_at, batch, SCALED: tl.constexpr, GELU: tl.constexpr):
-    if SCALED:
-        x *= tl.load(in_scale_at + batch)
-    if GELU:  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    return x
+def _gelu(x):
+    """``x (1 + tanh(u)) / 2``, which is ``x / (1 + exp(-2u))``."""
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
 def _activate(
     x_at,
-    in_scale_at,
     out_at,
     put_scale_at,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
-    SCALED: tl.constexpr,
     GELU: tl.constexpr,
-    DTYPE: tl.constexpr,
     MODE: tl.constexpr,
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
-    x = _activated(_load(x_at + row * DIM, tl.arange(0, BLOCK), DIM, False), in_scale_at, batch, SCALED, GELU)
+    x = _load(x_at + row * DIM, tl.arange(0, BLOCK), DIM, False)
+    if GELU:
+        x = _gelu(x)
     rest = x
     if REST > 0:
         rest = _load(x_at + row * DIM, BLOCK + tl.arange(0, REST), DIM, DIM < BLOCK + REST)
-        rest = _activated(rest, in_scale_at, batch, SCALED, GELU)
-    _put(x, rest, row, batch, out_at, put_scale_at, DIM, BLOCK, REST, DTYPE, MODE, MAX, FACTOR)
+        if GELU:
+            rest = _gelu(rest)
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    _put(x, rest, row, batch, out_at, put_scale_at, DIM, BLOCK, REST, dtype, MODE, MAX, FACTOR)
+
+
+@triton.jit
+def _weighed(
+    values_at,
+    sums_at,
+    rest_at,
+    rest_sums_at,
+    row,
+    column,
+    length,
+    PARTS: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Values of a token, or the mean of two parts' weighed by their sums of numerators."""
+    x = _load(values_at + row * DIM, column, DIM, MASKED)
+    if PARTS == 2:
+        rest = _load(rest_at + row * DIM, column, DIM, MASKED)
+        place = (row // length) * (DIM // HEAD) * length + row % length  # of this token's first head
+        sums = _load(sums_at + place, column // HEAD * length, DIM // HEAD * length, MASKED)
+        rest_sums = _load(rest_sums_at + place, column // HEAD * length, DIM // HEAD * length, MASKED)
+        x += (rest - x) / (1.0 + tl.exp(sums - rest_sums))
+    return x
+
+
+@triton.jit
+def _merge(
+    values_at,
+    sums_at,
+    rest_at,
+    rest_sums_at,
+    scale_at,
+    out_at,
+    put_scale_at,
+    length,
+    PARTS: tl.constexpr,
+    HEAD: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    MAX: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    scale = tl.load(scale_at)
+    x = scale * _weighed(values_at, sums_at, rest_at, rest_sums_at, row, column, length, PARTS, DIM, HEAD, False)
+    rest = x
+    if REST > 0:
+        beyond = BLOCK + tl.arange(0, REST)
+        rest = scale * _weighed(
+            values_at, sums_at, rest_at, rest_sums_at, row, beyond, length, PARTS, DIM, HEAD, DIM < BLOCK + REST
+        )
+    _put(x, rest, row, 0, out_at, put_scale_at, DIM, BLOCK, REST, DTYPE, MODE, MAX, FACTOR)
 
 
 def _split(dim: int) -> dict[str, int]:
@@ -343,7 +405,7 @@ def add_norm(
     """
     batch, tokens, dim = x.shape
     total = x if y is None else torch.empty_like(x)
-    out, put = (x, _unused(x)) if scale is None else _place(x, into)
+    out, put = (x, as_it_is(x)) if scale is None else _place(x, into)
     steps = [0 if t is None or t.ndim == 1 or len(t) == 1 else t.stride(0) for t in (gate, scale, shift)]
     _add_norm[(tokens, batch)](
         x,
@@ -365,40 +427,62 @@ def add_norm(
     return total, out
 
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def activate(
-    x: torch.Tensor, in_scale: torch.Tensor | None, gelu: bool, dtype: torch.dtype, into: Into
-) -> torch.Tensor:
-    """``x [B, N, dim]`` contiguous, times ``in_scale [B or 1]``, GELU of it, rounded to ``dtype`` on the way."""
-    batch, tokens, dim = (
-        into.out.shape if into.mode != _LARGEST else (*into.out.shape, x[0].numel() // len(into.out[0]))
-    )
-    scale = x if in_scale is None else in_scale.expand(batch).contiguous()
+def activate(x: torch.Tensor, gelu: bool, into: Into) -> torch.Tensor:
+    """``x [B, N, dim]`` contiguous, or GELU of it."""
+    batch, tokens, dim = x.shape
     _activate[(tokens, batch)](
         x,
-        scale,
         into.out,
         into.scale,
         **_split(dim),
-        SCALED=in_scale is not None,
         GELU=gelu,
+        MODE=into.mode,
+        MAX=into.scale_max,
+        FACTOR=into.factor,
+        num_warps=16 if gelu else 8,
+    )
+    return into.out
+
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def merge(
+    values: torch.Tensor,
+    sums: torch.Tensor | None,
+    rest: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    into: Into,
+) -> None:
+    """Attention's ``values [b, n, heads, head_dim]``, with a rest or none, times a number, rounded to ``dtype``."""
+    count, length, heads, head_dim = values.shape
+    _merge[(count * length,)](
+        values,
+        values if sums is None else sums,
+        *((values, values) if rest is None else rest),
+        scale,
+        into.out,
+        into.scale,
+        length,
+        PARTS=1 if rest is None else 2,
+        HEAD=head_dim,
+        **_split(heads * head_dim),
         DTYPE=_DTYPES[dtype],
         MODE=into.mode,
         MAX=into.scale_max,
         FACTOR=into.factor,
         num_warps=_WARPS,
     )
-    return into.out
 
 
 def _place(x: torch.Tensor, into: Into | None) -> tuple[torch.Tensor, Into]:
     """Where a kernel's result goes, and how; None: as it is, like x."""
     if into is not None:
         return into.out, into
-    return torch.empty_like(x), _unused(x)
+    return torch.empty_like(x), as_it_is(x)
 
 
-def _unused(x: torch.Tensor) -> Into:
-    return Into(_AS_IS, x, x, x, 1.0, 1.0)
+def as_it_is(out: torch.Tensor) -> Into:
+    """Put the result into ``out`` without more."""
+    return Into(_AS_IS, out, out, out, 1.0, 1.0)

@@ -16,7 +16,7 @@ class HiF8Attend(Attend):
 
     What the kernel gets is rounded to HiF8, scaled back and, in half precision, rounded to that once more. The scale is
     that of one sample's tensor, whatever ``QuantConfig.scaling`` says of linears. Where ``quant.block`` has rounded
-    them already, as bytes of E4M3 with ``scales``, FP8 tensor cores do it all and give bytes back.
+    them already, as bytes of E4M3 with ``scales``, FP8 tensor cores do it all and ``dtype`` is given back.
 
     Args:
         attend: what computes attention then.
@@ -28,6 +28,7 @@ class HiF8Attend(Attend):
         self.quant = config
         self.reduce_amax: ReduceAmax | None = None
         self.scales: tuple[torch.Tensor, ...] = ()  # of the queries, keys and values that come as bytes
+        self.dtype = torch.bfloat16  # of what is given back then
 
     @property
     def kernel(self) -> str:
@@ -44,7 +45,7 @@ class HiF8Attend(Attend):
         """See ``ops.attention.attend``."""
         if q.dtype is torch.uint8:
             q8, k8, v8 = (Held(x.view(E4M3), scale) for x, scale in zip((q, k, v), self.scales, strict=True))
-            return attention8.attend(q8, k8, v8, segments).values.view(torch.uint8)
+            return attention8.attend(q8, k8, v8, segments, self.dtype).whole().unflatten(-1, q.shape[2:])
         q, k, v = (_Round.apply(x, self.quant, self.reduce_amax) for x in (q, k, v))
         return self.attend(q, k, v, segments)
 

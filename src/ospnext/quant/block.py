@@ -135,12 +135,15 @@ def attended(
     attention: Any, inner: HiF8Attend, held: tuple[Held, Held, Held], dtype: torch.dtype, *segments: Any
 ) -> torch.Tensor:
     """Attention of held queries, keys and values ``[B, N, dim]``, and the projection of what it gives."""
-    inner.scales = tuple(part.inverse for part in held)
+    to = target(attention.o)
+    if attention.attend is inner:
+        q8, k8, v8 = (part._replace(values=attention.heads(part.values)) for part in held)
+        lengths = segments[0] if segments else None
+        return linear(attention.o, attention8.attend(q8, k8, v8, lengths, dtype).hold(to), dtype)
+    inner.scales, inner.dtype = tuple(part.inverse for part in held), dtype
     # As bytes: they may travel between processes on the way, and no library knows what is in them.
-    q, k, v = (attention.heads(part.values).view(torch.uint8) for part in held)
-    out = attention.attend(q, k, v, *segments).flatten(-2).view(E4M3)
-    again = fused8.hold_again(Held(out, held[2].inverse), dtype, target(attention.o))
-    return linear(attention.o, again, dtype)
+    q, k, v = (attention.heads(part.values.view(torch.uint8)) for part in held)
+    return linear(attention.o, fused8.hold(attention.attend(q, k, v, *segments).flatten(-2), to), dtype)
 
 
 def eight_bit(attention: Any, device: torch.device) -> HiF8Attend | None:
