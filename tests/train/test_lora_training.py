@@ -87,7 +87,8 @@ def test_only_the_adapter_learns_and_is_kept(tmp_path: Path, paths: dict[str, ob
     assert train(tmp_path / "run", paths) == 0
     said = capsys.readouterr().out
     assert "training lora on 32 linears: rank 3, alpha 6, 0.01M numbers, in transformer " in said
-    assert "frozen in float32" in said
+    assert "frozen in float32, on cpu" in said
+    assert "; float32 adapter, float32 arithmetic; " in said
     state = read_state(tmp_path / "run/iter_000000004", "")
     assert all("optimiser" in name or ".lora_" in name for name in state)
     assert {name.split(".")[0] for name in state} == {"live", "average", "exp_avg", "exp_avg_sq", "optimiser"}
@@ -171,6 +172,13 @@ def test_it_starts_from_an_adapter(tmp_path: Path, paths: dict[str, object], cap
         assert train(tmp_path / "third", paths | given | change) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+    # A file that says no alpha has its rank, as its readers take it, and never the default of a new adapter.
+    bare = {f"diffusion_model.{n}.lora_{x}.weight": t for n, p in one.items() for x, t in (("A", p.down), ("B", p.up))}
+    save_file(bare, tmp_path / "bare.safetensors")
+    given["lora_config.lora_path"] = tmp_path / "bare.safetensors"
+    assert train(tmp_path / "fourth", paths | given, training_iteration=1) == 0
+    assert {pair.alpha for pair in read_adapter(tmp_path / "fourth/adapter").pairs.values()} == {3}
+    assert main(["train", str(tmp_path / "fourth/config.yaml"), "training_iteration=2"]) == 0
 
 
 def test_what_cannot_be_adapted(tmp_path: Path, paths: dict[str, object], capsys) -> None:

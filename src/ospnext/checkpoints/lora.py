@@ -26,7 +26,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ospnext.checkpoints.lora_files import Adapter, Pair, Size, in_words
+from ospnext.checkpoints.lora_files import Adapter, Pair, Size, in_words, read_adapter
 from ospnext.checkpoints.read import CheckpointError, list_names
 from ospnext.parallel.fsdp import shard_of, whole
 from ospnext.sections import LoraConfig
@@ -69,6 +69,38 @@ class NewAdapter(NamedTuple):
             )
         wanted = {name for names in found.values() for name in names}
         return {name: Size(self.rank, self.alpha) for name in shapes if name in wanted}
+
+
+def asked_for(config: LoraConfig, seed: int) -> NewAdapter | Adapter:
+    """The adapter to train, new or from the file that a configuration names.
+
+    Raises:
+        CheckpointError: the file cannot be used, or is of another adapter than the one that is described beside it.
+    """
+    if config.lora_path is None:
+        return NewAdapter.of(config, seed)
+    # Not model_fields_set: a run's config.yaml spells out every default.
+    given = {name for name, field in LoraConfig.model_fields.items() if getattr(config, name) != field.default}
+    adapter = read_adapter(config.lora_path, config.alpha if "alpha" in given else None)
+    for key, values in (
+        ("rank", {pair.size.rank for pair in adapter.pairs.values()}),
+        ("alpha", {pair.alpha for pair in adapter.pairs.values()}),
+    ):
+        asked = getattr(config, key)
+        if key in given and values != {asked}:
+            raise CheckpointError(
+                f"lora_config.{key} is {asked:g}, but {adapter.source} has {in_words(sorted(values))}: leave it out, "
+                "the file decides"
+            )
+    ends = {target: [n for n in adapter.pairs if f".{n}".endswith(f".{target}")] for target in config.target_modules}
+    meant = {name for names in ends.values() for name in names}
+    odd = [*(target for target, names in ends.items() if not names), *(n for n in adapter.pairs if n not in meant)]
+    if "target_modules" in given and odd:
+        raise CheckpointError(
+            f"lora_config.target_modules are not those of {adapter.source}, such as {odd[0]}: leave them out, the file "
+            "decides"
+        )
+    return adapter
 
 
 class WithAdapter(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.formats import read_settings
@@ -83,7 +83,8 @@ def merged_transformer(
     with torch.no_grad():
         for name, delta in _deltas(model, adapter, 1.0).items():
             named[name].copy_(_sum(named[name], delta()))
-    return model.to(dtype)
+    nn.Module.to(model, dtype)  # not diffusers' own, which warns of a choice that this model does not have
+    return model
 
 
 def refuse_eight_bits(weights: Weights) -> None:

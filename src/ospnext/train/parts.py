@@ -17,8 +17,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from ospnext.assemble import Crew, assemble_transformer, fit_run, join
 from ospnext.checkpoints.components import find_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
-from ospnext.checkpoints.lora import NewAdapter, WithAdapter
-from ospnext.checkpoints.lora_files import Adapter, read_adapter
+from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for
+from ospnext.checkpoints.lora_files import Adapter
 from ospnext.checkpoints.memory import require_memory
 from ospnext.config import ConfigError
 from ospnext.data.buckets import Bucket
@@ -159,8 +159,8 @@ def find_adapter(config: TrainConfig, sources: Sources) -> NewAdapter | Adapter 
     """The adapter to train, new or from a file; None where the whole network is trained.
 
     Raises:
-        ConfigError: there is no model to adapt, or the file is of another adapter than the one that is described.
-        CheckpointError: the file cannot be used.
+        ConfigError: there is no model to adapt.
+        CheckpointError: as ``checkpoints.lora.asked_for``.
     """
     lora = config.lora_config
     if lora is None:
@@ -170,28 +170,7 @@ def find_adapter(config: TrainConfig, sources: Sources) -> NewAdapter | Adapter 
             "lora_config trains an adapter of a model, but none is named: give "
             "model_config.pretrained_model_dir_or_checkpoint (or model)"
         )
-    if lora.lora_path is None:
-        return NewAdapter.of(lora, config.seed)
-    adapter = read_adapter(lora.lora_path, lora.alpha)
-    for key, values in (
-        ("rank", {pair.size.rank for pair in adapter.pairs.values()}),
-        ("alpha", {pair.alpha for pair in adapter.pairs.values()}),
-    ):
-        asked = getattr(lora, key)
-        if key in lora.model_fields_set and values != {asked}:
-            found = ", ".join(f"{value:g}" for value in sorted(values))
-            raise ConfigError(
-                f"lora_config.{key} is {asked:g}, but {adapter.source} has {found}: leave it out, the file decides"
-            )
-    ends = {target: [n for n in adapter.pairs if f".{n}".endswith(f".{target}")] for target in lora.target_modules}
-    meant = {name for names in ends.values() for name in names}
-    if "target_modules" in lora.model_fields_set and (meant != adapter.pairs.keys() or not all(ends.values())):
-        odd = [*(target for target, names in ends.items() if not names), *(n for n in adapter.pairs if n not in meant)]
-        raise ConfigError(
-            f"lora_config.target_modules are not those of {adapter.source}, such as {odd[0]}: leave them out, the file "
-            "decides"
-        )
-    return adapter
+    return asked_for(lora, config.seed)
 
 
 def check_fit(

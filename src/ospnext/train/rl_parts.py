@@ -13,8 +13,8 @@ from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, 
 from ospnext.checkpoints.components import load_scheduler
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import load_tokenizer, load_vae
-from ospnext.checkpoints.lora import NewAdapter, WithAdapter
-from ospnext.checkpoints.lora_files import Adapter, read_adapter
+from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for
+from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler, sampler_name, sampler_shift
@@ -79,7 +79,7 @@ def settle(config: RLConfig, launch: Launch) -> Job:
         negative if c.negative_prompt is None else c.negative_prompt,
         read_prompts(c.prompt_file, config.seed),
         [] if c.eval_prompt_file is None else read_prompts(c.eval_prompt_file, config.seed, held_out=True),
-        NewAdapter.of(lora, config.seed) if lora.lora_path is None else read_adapter(lora.lora_path),
+        asked_for(lora, config.seed),
         notices,
     )
 

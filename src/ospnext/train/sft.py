@@ -244,10 +244,11 @@ def report(config: TrainConfig, job: Job, parts: Components, notices: list[str])
     sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()) / 1e6:.2f}M" for name, m in networks)
     if job.adapter is not None:
         sizes = f"{describe_adapter(parts.transformer)}, in {sizes} with it, frozen in {dtype_label(dtype)},"
+    learnt = "weights" if job.adapter is None else "adapter"
     latents = "read from files" if parts.vae is None else f"in {dtype_label(vae_dtype(config, device))}"
     clips = config.data_config.batch_size * config.gradient_accumulation_steps * job.sizes.sizes.dp
     print(
-        f"training {sizes} on {device_label(device)}; float32 weights, {dtype_label(dtype)} arithmetic; "
+        f"training {sizes} on {device_label(device)}; float32 {learnt}, {dtype_label(dtype)} arithmetic; "
         f"latents {latents}; attention: {describe_kernel(config.attention_kernel, device, dtype)}; "
         f"8 bits: {describe_eight_bits(parts.transformer)}; "
         f"{describe(job.sizes.sizes, job.sizes.copies)}; blocks "
