@@ -110,6 +110,8 @@ def test_names_and_options_are_checked_before_anything_is_made(plugin):
     with pytest.raises(ValueError, match="fails is -1"):
         check_reward("tiresome", {"fails": -1})
     check_reward("tiresome", {"fails": 1})
+    with pytest.raises(ValueError, match=r"reward_config.options.shapes: got an unexpected keyword argument 'worker'"):
+        check_reward("shapes", {"worker": 2})
     check_reward("motion", {})
 
 

@@ -197,7 +197,7 @@ def decode(
 
 @torch.no_grad()
 def decode_together(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Video [B, 3, T, H, W] in [-1, 1] of whole clips, as many at once as memory has room for, left on the device.
+    """Video [B, 3, T, H, W] in [-1, 1] of whole clips, many at once where memory has room, left on the device.
 
     Where there is no room for one, it is `decode` that makes them, on the CPU.
 
@@ -205,9 +205,11 @@ def decode_together(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
         vae: on the device and in the dtype to decode with.
         latents: [B, z_dim, t, h, w], normalised.
     """
-    at_once = int(free_memory(vae.device) * 0.8) // max(1, decode_bytes(vae, latents, "whole"))
+    need = decode_bytes(vae, latents, "whole")
+    at_once = int(free_memory(vae.device) * 0.8) // need
     if at_once < 1:
         return decode_latents(vae, latents)
+    at_once = min(at_once, max(1, _MOST_BYTES // need))
     z = denormalise(vae, latents.float()).to(vae.device, vae.dtype)
     return torch.cat([decode_whole(vae, some).float().clamp(-1, 1) for some in z.split(at_once)])
 
@@ -232,6 +234,7 @@ def decode_bytes(vae: AutoencoderKLWan, z: Tensor, mode: DecodeMode, team: int =
     return maps + 3 * frames * pixels // team * 3 * 4  # and three copies of the finished video, float32
 
 
+_MOST_BYTES = 8 * 2**30  # of clips decoded together: more is no faster, and kernels count elements in 32 bits
 # Feature maps of the widest stage at full size that live at the same time: 2.5 in float32 and 3.6 in bfloat16 were
 # counted; the rest is room for the convolutions' workspace.
 _LIVE_MAPS = 4

@@ -11,6 +11,7 @@ is loaded.
 """
 
 import difflib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,10 @@ def check_reward(name: str, options: Mapping[str, Any]) -> None:
         ValueError: it is not known, or its options will not do.
     """
     factory = find_factory(name)
+    try:
+        inspect.signature(factory).bind(device="cpu", **options)
+    except TypeError as error:
+        raise ValueError(f"reward_config.options.{name}: {error}; it takes {inspect.signature(factory)}") from error
     if (check := getattr(factory, "check", None)) is not None:
         check(**options)
 

@@ -6,6 +6,7 @@ for each; ``output_dir/eval/over_time.mp4`` the same videos side by side, a prom
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,7 @@ class HeldOut:
         Args:
             epoch, step, seconds: how far training is.
         """
+        began = time.perf_counter()
         place = self.folder / "eval" / f"epoch_{epoch:06d}"
         place.mkdir(parents=True, exist_ok=True)
         count, size = len(self.prompts), self.config.sample_batch_size
@@ -90,7 +92,9 @@ class HeldOut:
         marks = {n: values for part in everyone for n, values in part.items()}
         means = {name: _mean([m[name] for m in marks.values()]) for name in marks[0]}
         if self.launch.first:
-            self._write(place, {"epoch": epoch, "step": step, "seconds": round(seconds, 1)}, means, marks)
+            took = round(time.perf_counter() - began, 1)
+            when = {"epoch": epoch, "step": step, "seconds": round(seconds, 1), "evaluation_seconds": took}
+            self._write(place, when, means, marks)
         return means
 
     def _keep(self, kept: Mapping[int, Tensor], place: Path) -> None:
