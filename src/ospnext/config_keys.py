@@ -84,7 +84,7 @@ _TABLE: tuple[Row, ...] = (
     *_mapped(_RUN, "vae_path dtype", "vae_config"),
     *_mapped(_RUN, "text_len checkpoint_path text_tokenizer_path dtype", "text_encoder_config"),
     *_no_effect("generate rl", "use_fsdp", _SHARED_ALIKE, "text_encoder_config"),
-    *_no_effect("train", "use_fsdp", "in training every process holds the text encoder whole", "text_encoder_config"),
+    *_mapped("train", "use_fsdp", "text_encoder_config"),
     # Noise levels
     *_mapped(_RUN, "scheduler_name shift", "scheduler_config"),
     *_mapped("generate", "num_inference_steps guidance_scale", "scheduler_config"),

@@ -23,6 +23,8 @@ Group = Callable[[int], Processes]
 PATIENCE = 200.0  # seconds, for the day the machine is busy
 SSP2 = {"use_skiparse_sequence_parallel": True, "skiparse_sp_size": 2}
 ULYSSES2 = {"use_sequence_parallel": True, "sp_size": 2}
+SPARING = {"fsdp_size": 2, "gradient_checkpointing": True, "encoder_cpu_offload": True}
+SPARING |= {"text_encoder_config.use_fsdp": True}
 
 
 def batch(size: int, parts: int) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def test_accumulation_trades_against_batch_size(paths: Any, expected: Any, tmp_p
     ("world", "values"),
     [
         (2, batch(2, 1) | {"fsdp_size": 2}),
-        (2, batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "encoder_cpu_offload": True}),
+        (2, batch(1, 4) | SSP2 | SPARING),
         (2, batch(2, 2) | ULYSSES2 | {"fsdp_size": 1}),
         pytest.param(
             4, batch(1, 2) | SSP2 | {"fsdp_size": 2, "explicit_prefetching_num_blocks": 2}, marks=pytest.mark.long
@@ -120,7 +122,7 @@ def test_videos_along_the_way_are_those_of_one_process(
     values = paths | {f"validation_config.{key}": value for key, value in section.items()}
     values |= {"validation_config.guidance_scale": 2.0, "reshard_after_forward": False}
     assert cases.train(0, 1, values | {"output_dir": tmp_path / "one"}) == ""
-    values |= sharing | {"fsdp_size": 2, "output_dir": tmp_path / "two"}
+    values |= sharing | {"fsdp_size": 2, "output_dir": tmp_path / "two", "text_encoder_config.use_fsdp": True}
     assert set(processes(2).run(cases.train, 2, values, seconds=PATIENCE)) == {""}
     for name in ("one", "two"):
         hold(cases.outcome(tmp_path / name), expected)  # of a run without any

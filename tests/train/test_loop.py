@@ -196,11 +196,23 @@ def test_many_of_them_in_a_row_stop_the_run_and_nothing_is_lost(settings):
     long = replace(settings, iterations=30)
     with pytest.raises(DivergedError, match="lower the learning rate") as caught:
         Recipe(bad=lambda step: step >= 6).fit(long)
-    assert f"{MOST_SKIPPED} steps in a row, up to step {6 + MOST_SKIPPED}" in str(caught.value)
+    assert f"{MOST_SKIPPED} steps in a row, up to step {6 + MOST_SKIPPED} (there from net.2.bias" in str(caught.value)
     assert str(settings.output_dir) in str(caught.value)
     state = Recipe().fit(long)  # the way out: the newest state is sound
     assert state.step == 30
     assert all(p.isfinite().all() for p in state.modules["net"].parameters())
+
+
+def test_the_layer_where_it_began_is_named(settings, capsys):
+    recipe = Recipe()
+
+    def losses(generator, step):
+        found = recipe.losses(generator, step)
+        # Without a gradient of the layers after it: as if the numbers had left their range on the way back.
+        return found | {"loss": found["loss"] + (recipe.net[0].weight.sum() * float("inf") if step == 4 else 0)}
+
+    fit({"net": recipe.net}, losses, settings, CPU)
+    assert "step 5 is left out: gradients are not finite, from net.0.weight on backwards" in capsys.readouterr().out
 
 
 def test_a_run_of_bad_steps_is_counted_over_restarts(settings):

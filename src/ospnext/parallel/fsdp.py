@@ -15,12 +15,13 @@ A model that also trains is to sample under ``torch.no_grad``: what FSDP2 sets a
 serves no training, and torch says so.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -168,6 +169,19 @@ def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
 def scale_gradients(parameters: Iterable[torch.Tensor], scale: float) -> None:
     """Multiply all gradients, plain or sharded, in place."""
     torch._foreach_mul_([shard_of(p.grad).values for p in parameters if p.grad is not None], scale)
+
+
+def unsound(named: Mapping[str, torch.Tensor]) -> str:
+    """The last of the parameters, in order, whose gradient is NaN or infinite on some process; all call it together.
+
+    Gradients spread from the output: in a network whose parameters stand in its order it is where that began. An empty
+    string if all are sound.
+    """
+    own = [p.grad is not None and not shard_of(p.grad).values.isfinite().all() for p in named.values()]
+    last = torch.tensor(max((i for i, bad in enumerate(own) if bad), default=-1))
+    if dist.is_initialized():
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+    return "" if last < 0 else list(named)[int(last)]
 
 
 def synchronise_gradients(modules: Iterable[nn.Module], on: bool) -> None:

@@ -104,7 +104,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
         "gradients": own,
         "optimiser": 2 * own,
         "EMA": own,
-        "text encoder": nbytes(recipe.text_encoder) * (5 if recipe.train_text else 1),
+        "text encoder": nbytes(recipe.text_encoder)
+        * (5 if recipe.train_text else 1)
+        // (mesh.fsdp if recipe.share_text else 1),
         "autoencoder": nbytes(recipe.vae),
     }
     if not frozen:

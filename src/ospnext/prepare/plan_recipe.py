@@ -66,6 +66,7 @@ class Recipe:
         code: how blocks run.
         offload_text: the text encoder leaves the device once prompts are encoded.
         train_text: the text encoder is trained along.
+        share_text: training shares it among the processes that share the weights.
         tiling: ``vae_tiling`` of generate.
         checkpointing: share of the blocks that training recomputes.
         accumulation: of training.
@@ -90,6 +91,7 @@ class Recipe:
     code: Code
     offload_text: bool
     train_text: bool
+    share_text: bool
     tiling: str
     checkpointing: float
     accumulation: int
@@ -171,6 +173,7 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         code=_code(config, device),
         offload_text=generate is not None and generate.encoder_cpu_offload,
         train_text=train is not None and train.train_text_encoder,
+        share_text=train is not None and train.text_encoder_config.use_fsdp,
         tiling=generate.vae_tiling if generate else "auto",
         checkpointing=train.checkpointed if train else 0.0,
         accumulation=train.gradient_accumulation_steps if train else 1,
@@ -269,8 +272,11 @@ def _text_encoder(
 ) -> UMT5EncoderModel:
     """The text encoder that the configuration names, else one that fits: UMT5-XXL for Wan2.1's width."""
     text = config.text_encoder_config
-    train = isinstance(config, TrainConfig)
-    dtype = torch.float32 if train else resolve_dtype(text.dtype or config.weight_dtype)
+    if isinstance(config, TrainConfig):
+        rendered = config.data_config.dataset_name == "shapes"
+        dtype = torch.float32 if rendered else resolve_dtype(text.dtype or "bf16")
+    else:
+        dtype = resolve_dtype(text.dtype or config.weight_dtype)
     place = _existing(text.checkpoint_path) or (home if text.checkpoint_path is None and _is_pipeline(home) else None)
     if place is not None:
         return load_text_encoder(place, dtype, "meta")

@@ -114,19 +114,23 @@ class EncodedFeed(LoaderFeed):
 
 
 class Encoders(NamedTuple):
-    """VAE and text encoder, frozen; ``offload`` keeps them in host memory between uses."""
+    """VAE and text encoder, frozen.
+
+    ``offload`` keeps them in host memory between uses; a text encoder that is ``shared`` sees to that itself, and all
+    processes encode together.
+    """
 
     vae: AutoencoderKLWan
     text_encoder: UMT5EncoderModel
     offload: bool
+    shared: bool = False
 
 
 class _Turn(NamedTuple):
     """What a process says of the micro-batch it encoded."""
 
-    problem: str
-    shapes: tuple[torch.Size, torch.Size] | None = None
-    clips: list[int] | None = None
+    shapes: tuple[torch.Size, torch.Size]
+    clips: list[int]
 
 
 class VideoFeed(LoaderFeed):
@@ -157,8 +161,6 @@ class VideoFeed(LoaderFeed):
             self._turns = self._encode_all()
         owner = self.circle.count - len(self._turns)
         turn = self._turns.pop(0)
-        assert turn.shapes is not None
-        assert turn.clips is not None
         dtypes = (torch.float32, self.encoders.text_encoder.dtype)
         own = self._own if owner == self.circle.place else None
         latents, text = self.circle.hand_round(owner, own, turn.shapes, dtypes, self.device)
@@ -172,31 +174,33 @@ class VideoFeed(LoaderFeed):
 
     def _encode_all(self) -> list[_Turn]:
         """Encode this process's next micro-batch; what all of them did."""
+        problem, batch = "", None
         try:
             if self._batches is None:
                 self._batches = self.loader.share(self.circle.place, self.circle.count)
             batch = next(self._batches)
-            self._own = self.encode(batch)
-            turn = _Turn("", (self._own[0].shape, self._own[1].shape), batch.clips)
         except (DataError, StoreError, OSError) as error:
-            turn = _Turn(str(error))
-        turns = self.circle.gather(turn)
-        if problem := next((turn.problem for turn in turns if turn.problem), ""):
+            problem = str(error)
+        # Before anybody encodes: a shared encoder would wait for the one that has nothing to encode.
+        if problem := next(filter(None, self.circle.gather(problem)), ""):
             raise DataError(problem)
-        return turns
+        assert batch is not None
+        self._own = self.encode(batch)
+        return self.circle.gather(_Turn((self._own[0].shape, self._own[1].shape), batch.clips))
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Latents, float32, and text embeddings of a batch."""
-        vae, text_encoder, offload = self.encoders
+        vae, text_encoder, offload, shared = self.encoders
         with torch.autocast(self.device.type, enabled=False):
             if offload:
                 vae.to(self.device)
             latents = encode_video(vae, batch.pixel_values(self.device)).float()
             if offload:
                 vae.to("cpu")
+            if offload and not shared:
                 text_encoder.to(self.device)
             text = encode_tokens(text_encoder, batch.ids.to(self.device), batch.mask.to(self.device))
-            if offload:
+            if offload and not shared:
                 text_encoder.to("cpu")
         return latents, text

@@ -20,7 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ospnext.parallel.fsdp import gradient_norm, scale_gradients, synchronise_gradients
+from ospnext.parallel.fsdp import gradient_norm, scale_gradients, synchronise_gradients, unsound
 from ospnext.parallel.launch import Launch, any_of
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.train.clipping import AdaptiveClipper
@@ -142,6 +142,8 @@ def fit(
                 break
             log.add(_step(state, losses, settings, device))
             bar.update(task, completed=state.step)
+            if state.clipper.in_a_row:
+                say(f"step {state.step} is left out: gradients are not finite, from {state.unsound} on backwards")
             if state.step % settings.log_interval == 0 or state.step == settings.iterations:
                 bar.update(task, description=log.write(state))
             around.after_step(state, log)
@@ -190,12 +192,14 @@ def take_step(state: TrainState, settings: LoopSettings, total: dict[str, torch.
         if (state.step + 1) % settings.ema_update_interval == 0:
             state.average.update()
         total |= {"grad_norm": norm.detach(), "grad_threshold": norm.new_tensor(threshold)}
+    else:
+        state.unsound = unsound(state.average.live)
     state.optimiser.zero_grad(set_to_none=True)
     if state.clipper.in_a_row >= MOST_SKIPPED:
         raise DivergedError(
-            f"gradients were not finite in {MOST_SKIPPED} steps in a row, up to step {state.step + 1}; none of them "
-            f"changed the weights: lower the learning rate and start again, to go on from the newest state in "
-            f"{settings.output_dir}"
+            f"gradients were not finite in {MOST_SKIPPED} steps in a row, up to step {state.step + 1} (there "
+            f"from {state.unsound} on backwards); none of them changed the weights: lower the learning rate and start "
+            f"again, to go on from the newest state in {settings.output_dir}"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ospnext.assemble import Crew, assemble_transformer, fit_run, join
+from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, fit_run, join
 from ospnext.checkpoints.components import find_components, pipeline_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for
@@ -342,11 +342,21 @@ def build(config: TrainConfig, job: Job, crew: Crew) -> Components:
         encoder = small_text_encoder(job.transformer["text_dim"], len(job.tokenizer)).to(device)
     else:
         dtype = torch.float32 if rendered else working_dtype(text.dtype or "bf16", device, text.dtype is not None)
-        encoder = load_text_encoder(job.sources.text_encoder, dtype, home)
+        if shares_text_encoder(config, job):
+            alike = replace(crew, sharding=replace(crew.sharding, param_dtype=None))
+            encoder = assemble_text_encoder(job.sources.text_encoder, alike, dtype, offload=offload)
+        else:
+            encoder = load_text_encoder(job.sources.text_encoder, dtype, home)
     encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
     if config.compile and device.type != "cpu" and config.train_text_encoder:
         encoder.compile(dynamic=False)
     return Components(transformer, vae, encoder)
+
+
+def shares_text_encoder(config: TrainConfig, job: Job) -> bool:
+    """Whether the text encoder is sharded; where clips are rendered it is small, and may be trained."""
+    rendered = config.data_config.dataset_name == "shapes"
+    return config.text_encoder_config.use_fsdp and job.sizes.copies.fsdp > 1 and not rendered
 
 
 def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTransformer3DModel:
@@ -414,7 +424,8 @@ def open_feed(config: TrainConfig, job: Job, parts: Components, crew: Crew) -> F
     assert parts.vae is not None
     assert parts.text_encoder is not None
     if job.loader is not None:
-        encoders = Encoders(parts.vae, parts.text_encoder, config.encoder_cpu_offload)
+        shared = shares_text_encoder(config, job)
+        encoders = Encoders(parts.vae, parts.text_encoder, config.encoder_cpu_offload, shared)
         return VideoFeed(job.loader, config.seed, job.device, encoders, Circle(crew.mesh))
     dataset = config.data_config.dataset_config
     need = dataset.num_clips * int(np.prod(job.latents)) * (2 if job.device.type == "cuda" else 4)

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ospnext.config import Config
-from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig
+from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, TextEncoderConfig
 
 
 class NoiseConfig(SchedulerConfig):
@@ -22,6 +22,14 @@ class NoiseConfig(SchedulerConfig):
     )
     logit_mean: float = Field(default=0.0, description="mean of that normal")
     logit_std: float = Field(default=1.0, gt=0, description="standard deviation of that normal")
+
+
+class SharedTextEncoderConfig(TextEncoderConfig):
+    """The text encoder of training."""
+
+    use_fsdp: bool = Field(
+        default=False, description="share its weights among fsdp_size processes, which then all encode together"
+    )
 
 
 class DatasetConfig(Config):
@@ -121,6 +129,7 @@ class TrackerConfig(Config):
 class TrainConfig(RunConfig):
     """``ospnext train``: supervised flow matching of the transformer."""
 
+    text_encoder_config: SharedTextEncoderConfig = SharedTextEncoderConfig()
     model: str | None = Field(
         default=None, description="train this pipeline folder, or 'shapes' (embedded), further; default: the sections"
     )

@@ -47,6 +47,7 @@ class TrainState:
         step: steps taken, those left out included.
         tracker: what the trackers need to go on with the same run, plain values.
         moments: AdamW's state of every parameter, by the parameter's name.
+        unsound: the parameter nearest the output whose gradient was not finite, at the last step that was left out.
         terminated: whether the run was asked to end by a signal.
     """
 
@@ -64,6 +65,7 @@ class TrainState:
         self.about = dict(about or {})
         self.step = 0
         self.tracker: dict[str, Any] = {}
+        self.unsound = ""
         self.terminated = False
         self.moments = moments(optimiser, average.live)
 

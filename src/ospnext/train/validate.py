@@ -37,7 +37,7 @@ from ospnext.shapes.share import share
 from ospnext.shapes.world import Scene, World, sample_scene
 from ospnext.train.export import LARGE, SMALL
 from ospnext.train.log import Log, cut_log
-from ospnext.train.parts import Components, Job, vae_dtype
+from ospnext.train.parts import Components, Job, shares_text_encoder, vae_dtype
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
 
@@ -240,7 +240,8 @@ def open_validation(
         defaults={name: sampling[name] for name in ("num_inference_steps", "guidance_scale")},
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.sharded = frozenset(("transformer",))  # it stays where it is
+    shared = parts.text_encoder is not None and shares_text_encoder(config, job)
+    pipe.sharded = frozenset(("transformer", "text_encoder") if shared else ("transformer",))  # these stay in place
     pipe.place(device, ("vae", "text_encoder") if offload else ())
     if crew.mesh is not None and crew.mesh.sizes.video > 1:
         pipe.team = VideoTeam(crew.mesh)
