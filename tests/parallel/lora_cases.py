@@ -29,6 +29,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     quant: tuple[tuple[str, Any], ...] = ()
     param_dtype: torch.dtype | None = None
+    whole: bool = False  # every process holds all weights
 
     def model(self, source: NewAdapter | Adapter) -> Any:
         """The model with its adapter, in training mode."""
@@ -36,8 +37,10 @@ class Case(NamedTuple):
         if (sizes := self.sizes) is not None:
             options = Options(Sharding(param_dtype=self.param_dtype), self.checkpointing, self.backend)
 
+            copies = Copies(sizes.world, 1) if self.whole else Copies(1, sizes.world)
+
             def shard(model: Any) -> None:
-                parallelise(model, mesh_of(sizes), weights_of(Copies(1, sizes.world)), options)
+                parallelise(model, mesh_of(sizes), weights_of(copies), options)
 
         adapter_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         adapters = [WithAdapter(source, adapter_dtype)]

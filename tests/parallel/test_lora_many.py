@@ -1,5 +1,6 @@
 """Adapters on two processes: what one device makes of them, with HiF8, checkpointing and compilation, too."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from ospnext.checkpoints.lora import adapter_of, put_adapter
 from ospnext.checkpoints.lora_files import Adapter, Pair, write_adapter
 from ospnext.checkpoints.save import save_transformer
 from ospnext.parallel.mesh import Sizes
+from ospnext.prepare.quantize import quantize_transformer
+from ospnext.quant.config import QuantConfig
 
 Group = Callable[[int], Processes]
 
@@ -49,13 +52,17 @@ def save_adapter(setting: Setting, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("sizes", "checkpointing"), [(SSP, False), (DP, True)], ids=["ssp", "dp, checkpointed"])
+@pytest.mark.parametrize(
+    ("sizes", "checkpointing", "whole"),
+    [(SSP, False, False), (DP, True, False), (SSP, False, True)],
+    ids=["ssp", "dp, checkpointed", "ssp, whole weights"],
+)
 def test_gradients_are_those_of_one_device(
-    sizes: Sizes, checkpointing: bool, base: Path, adapter: Path, processes: Group
+    sizes: Sizes, checkpointing: bool, whole: bool, base: Path, adapter: Path, processes: Group
 ) -> None:
     alone = Case(ODD, base)
     expected = cases.gradients(0, alone, adapter)
-    many = alone._replace(sizes=sizes, checkpointing=checkpointing)
+    many = alone._replace(sizes=sizes, checkpointing=checkpointing, whole=whole)
     results = processes(2).run(cases.gradients, many, adapter)
     if sizes.dp > 1:
         for result in results[1:]:
@@ -72,12 +79,16 @@ def test_compiled_and_checkpointed_blocks_have_the_same_gradients(base: Path, ad
     compare(processes(2).run(cases.gradients, many, adapter)[0], expected, str(many), 1e-5)
 
 
-def test_hif8_below_an_adapter(tmp_path: Path, processes: Group) -> None:
-    save_transformer(EVEN.model(), tmp_path / "base")
+@pytest.mark.parametrize("stored", [False, True], ids=["rounded in each pass", "stored in 8 bits"])
+def test_hif8_below_an_adapter(stored: bool, tmp_path: Path, processes: Group) -> None:
+    save_transformer(EVEN.model().float(), tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "base")
+    if stored:
+        quantize_transformer(tmp_path / "plain", tmp_path / "base", QuantConfig(), overwrite=True)
     adapter = save_adapter(EVEN, tmp_path / "lora")
     alone = Case(EVEN, tmp_path / "base", dtype=torch.float32, quant=(("quant", "hif8"), ("quant_attn", "hif8")))
     expected = cases.gradients(0, alone, adapter)
-    plain = cases.gradients(0, alone._replace(quant=()), adapter)
+    plain = cases.gradients(0, alone._replace(path=tmp_path / "plain", quant=()), adapter)
     ours = processes(2).run(cases.gradients, alone._replace(sizes=SSP), adapter)[0]
     assert (expected["output"] - plain["output"]).norm() > 0.01 * plain["output"].norm()  # it does round
     for name, value in expected.items():

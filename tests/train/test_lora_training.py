@@ -154,6 +154,23 @@ def test_exported_merged_it_is_the_base_with_the_adapter(tmp_path: Path, paths: 
     assert sum(not torch.equal(after[name], x) for name, x in before.items()) == 32
 
 
+def test_eight_bits_stay_below_it_and_are_not_merged_into(
+    tmp_path: Path, paths: dict[str, object], base: Path, capsys
+) -> None:
+    assert main(["quantize", str(base), str(tmp_path / "eight")]) == 0
+    paths = paths | {"model_config.pretrained_model_dir_or_checkpoint": tmp_path / "eight", "weight_dtype": "bf16"}
+    paths["text_encoder_config.text_tokenizer_path"] = tmp_path / "tokenizer"
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
+    capsys.readouterr()
+    assert train(tmp_path / "run", paths) == 0
+    assert "40 linears (emulation, scale by tensor, weights stored in 8 bits)" in capsys.readouterr().out
+    adapter = read_adapter(tmp_path / "run/adapter")
+    assert all(pair.up.abs().max() > 0 for pair in adapter.pairs.values())
+    assert main(["export", str(tmp_path / "run/iter_000000004"), str(tmp_path / "m"), "merge=true"]) == 2
+    assert "holds 8-bit weights, into which an adapter would be lost: merge it into" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
 def test_it_starts_from_an_adapter(tmp_path: Path, paths: dict[str, object], capsys) -> None:
     assert train(tmp_path / "first", paths, lora_config__target_modules="[self_attn.q]") == 0
     given = {"lora_config.rank": "", "lora_config.alpha": "", "lora_config.lora_path": tmp_path / "first/adapter"}

@@ -34,6 +34,7 @@ _PREFIXES = (
     ("transformer.", "diffusers"),
     ("lora_unet_", "kohya"),
     ("lora_transformer_", "kohya"),
+    ("pipe.dit.", "plain"),
     ("module.", "plain"),
     ("model.", "plain"),
 )
