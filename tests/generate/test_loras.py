@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ospnext.checkpoints.lora import NewAdapter, linear_shapes
-from ospnext.checkpoints.lora_files import Adapter, Pair, write_adapter
+from ospnext.checkpoints.lora_files import Adapter, Pair, read_adapter, write_adapter
 from ospnext.cli import main
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import read_video
@@ -190,7 +190,8 @@ def test_merged_before_is_loaded_beside(lora: Path, tmp_path: Path, capsys: pyte
     assert (beside - inside).abs().mean() < 0.2  # of 255: rounding, of which the files make more
     assert (beside - plain).abs().mean() > 2
     record = json.loads((tmp_path / "beside/manifest.json").read_text())
-    assert str(lora) in json.dumps(record)
+    assert '"scale": 0.5' in json.dumps(record)
+    assert read_adapter(lora).fingerprint() in json.dumps(record)
 
 
 def test_several_and_another_scale_is_another_run(lora: Path, tmp_path: Path, capsys) -> None:
@@ -198,6 +199,13 @@ def test_several_and_another_scale_is_another_run(lora: Path, tmp_path: Path, ca
     capsys.readouterr()
     assert generate(tmp_path / "x", f"lora_path=[{lora},{lora}]", "lora_scale=[0.25,0.5]") == 2
     assert "lora" in capsys.readouterr().err
+    shapes = OSPNextPipeline.from_pretrained("shapes")
+    newer = write_adapter(random_adapter(shapes, *OTHER), tmp_path / "lora")  # trained on, in the same place
+    assert generate(tmp_path / "x", f"lora_path=[{newer},{lora}]", "lora_scale=[0.25,0.25]") == 2
+    assert "lora" in capsys.readouterr().err
+    same = write_adapter(read_adapter(lora), tmp_path / "same.safetensors", "comfyui")  # the same under other names
+    assert generate(tmp_path / "x", f"lora_path=[{same},{lora}]", "lora_scale=[0.25,0.25]") == 0
+    assert "(0 new" in capsys.readouterr().out
 
 
 def test_the_older_place_is_read_and_mistakes_are_refused(lora: Path, tmp_path: Path, capsys) -> None:

@@ -218,6 +218,20 @@ def test_what_cannot_be_adapted(tmp_path: Path, paths: dict[str, object], capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_it_teaches(tmp_path: Path, paths: dict[str, object]) -> None:
+    given = paths | {
+        "data_config.dataset_name": "shapes",
+        "data_config.dataset_config.num_clips": 4,
+        "scheduler_config.use_logitnorm_time_sampling": "true",
+        "optimizer_config.lr": 0.02,
+        "optimizer_config.eps": 1e-8,
+        "lora_config.target_modules": "[self_attn.v, self_attn.o, cross_attn.v, cross_attn.o, ffn.0, ffn.2]",
+    }
+    assert train(tmp_path / "run", given, training_iteration=80, save_interval=80) == 0
+    found = losses(tmp_path / "run")
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
 def test_the_work_is_about_what_torch_counts() -> None:
     settings = ARCHITECTURE | {"dim": 192, "ffn_dim": 512, "text_len": 16}
     with torch.device("meta"):

@@ -7,6 +7,7 @@
 put on it (``lora``) or merged into it (``merge``).
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -91,6 +92,15 @@ class Adapter(NamedTuple):
         return (
             f"{self.style}'s style, {len(self.pairs)} linears, rank {in_words(ranks)}, alpha {in_words(alphas)}{more}"
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what it adds, whatever its file is called, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, pair in sorted(self.pairs.items()):
+            digest.update(f"{name} {pair.alpha} {pair.down.dtype} {list(pair.down.shape)}".encode())
+            for tensor in (pair.down, pair.up):
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Size]:
         """Rank and alpha by linear, once it is sure that it is an adapter of these.

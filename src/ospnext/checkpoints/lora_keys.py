@@ -48,7 +48,7 @@ _OTHER_METHODS = {
     "hada_w": "LoHa",
     "lokr_w": "LoKr",
     "lora_mid": "LoCon",
-    "oft_": "OFT",
+    ".oft_": "OFT",
 }
 MOST_BLOCKS = 1000  # of any model of this family, and far more
 

@@ -190,8 +190,12 @@ def shared_settings(config: GenerateConfig, plan: Plan) -> dict[str, Any]:
         eight_bits["8 bits"] = plan.eight_bits
     text_len = config.text_encoder_config.text_len or plan.transformer["text_len"]
     others: dict[str, Any] = {"text_len": text_len, "save_fps": config.save_fps}
-    if config.lora_paths:
-        others["lora"] = {str(Path(p).resolve()): s for p, s in zip(config.lora_paths, config.lora_scales, strict=True)}
+    if plan.adapters:  # by content: training writes a new adapter to the same place
+        others["lora"] = [
+            {"sha256": adapter.source.fingerprint(), "scale": scale}
+            for adapter, scale in zip(plan.adapters, config.lora_scales, strict=True)
+            if isinstance(adapter.source, Adapter)
+        ]
     return paths | dtypes | sparse | eight_bits | plan.sampling._asdict() | others
 
 
