@@ -237,7 +237,8 @@ def test_kernels_are_told_apart_by_name(module: Any, kernel: str, kind: str) -> 
     assert module("measure").kind_of(kernel) == kind
 
 
-def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
+def save_pipeline(folder: Path) -> None:
+    """A tiny random model."""
     torch.manual_seed(0)
     sizes = {"dim": 32, "ffn_dim": 64, "freq_dim": 16, "text_dim": 32, "text_len": 128, "num_heads": 2, "num_layers": 4}
     OSPNextPipeline(
@@ -247,7 +248,11 @@ def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
         ByT5Tokenizer(),
         make_scheduler("euler", 3.0),
         negative_prompt="",
-    ).save_pretrained(tmp_path / "start")
+    ).save_pretrained(folder)
+
+
+def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "start")
     clip = "data_config.dataset_config"
     changed = [f"{clip}.sample_height=64", f"{clip}.sample_width=64", f"{clip}.sample_num_frames=5"]
     changed += [
@@ -277,3 +282,27 @@ def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert not [line for line in records(again.stdout) if "training" in line.get("piece", "")], "nothing is done twice"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+
+
+def test_reinforcement_learning_goes_on_and_tells_its_curve(tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "start")
+    sizes = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4, "sde_steps": 2, "eval_num_steps": 2}
+    sizes |= {"sample_batch_size": 4, "num_batches_per_epoch": 1, "num_image_per_prompt": 2, "best_of_n": 2}
+    words = [word for k, v in sizes.items() for word in ("--set", f"rl_config.{k}={v}")]
+    for key, value in {"weight_dtype": "fp32", "vae_config.dtype": "fp32", "state_interval": 1}.items():
+        words += ["--set", f"{key}={value}"]
+    words += ["--set", "reward_config.options.shapes.workers=1", "--set", "rl_config.prompt_file=shapes:large:8"]
+    command = [sys.executable, str(BENCHMARKS / "rl_shapes.py"), "--out", str(tmp_path / "out")]
+    command += ["--model", str(tmp_path / "start")]
+    command += ["--variants", "leading", "--prompts", "2", "--device", "cpu", *words]
+    for minutes in ("0.0001", "0.02"):  # an epoch, then some more
+        done = subprocess.run([*command, "--minutes", minutes], capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 3), done.stderr
+    lines = [line for line in records(done.stdout) if line["benchmark"] == "rl_shapes"]
+    curve = [line for line in lines if "share" in line]
+    assert [line["epoch"] for line in curve] == sorted({line["epoch"] for line in curve})
+    assert curve[0]["epoch"] == 0
+    assert curve[0]["share_95"][1] > 60  # of two videos
+    (result,) = (line for line in lines if line.get("piece") == "result")
+    assert result["ratio_before"] < 1e-4
+    assert result["seconds_an_epoch"] > 0

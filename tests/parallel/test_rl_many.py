@@ -60,6 +60,28 @@ def test_the_run_is_that_of_one_process(
         assert line == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rl_config__kl_beta": 1.0, "rl_config__kl_reward": 10.0, "rl_config__num_inner_epochs": 2},
+        pytest.param({"rl_config__cfg_gradient": "detached"}, marks=pytest.mark.long),
+        pytest.param({"model_config__quant": "hif8", "rl_config__use_cfg_in_train": False}, marks=pytest.mark.long),
+    ],
+    ids=["leashed", "detached", "hif8, conditional"],
+)
+def test_other_ways_are_those_of_one_process_too(
+    settings: dict[str, Any], processes: Group, folder: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    values = ONE_UPDATE | settings
+    assert cases.train(0, 1, folder, one, values) == ""
+    values = values | SSP2 | {"fsdp_size": 2}
+    assert set(processes(2).run(cases.train, 2, folder, two, values, seconds=PATIENCE)) == {""}
+    for mine, theirs in zip(*(cases.lines_of(out / "train_log.jsonl") for out in (one, two)), strict=True):
+        for key in ("reward", "grad_norm", "ratio", *(("kl",) if "rl_config__kl_beta" in settings else ())):
+            assert mine[key] == pytest.approx(theirs[key], rel=5e-3, abs=1e-6), key
+
+
 def test_groups_that_do_not_go_round_are_refused_on_all(processes: Group, folder: Path, tmp_path: Path) -> None:
     values = {"rl_config__num_batches_per_epoch": 1, "rl_config__num_image_per_prompt": 8, "rl_config__best_of_n": 4}
     refused = processes(2).run(cases.train, 2, folder, tmp_path / "run", values, seconds=PATIENCE)

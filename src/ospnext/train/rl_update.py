@@ -114,6 +114,9 @@ class Updater:
         c, device = self.config, rollouts.states[0].device
         x, x_next = rollouts.states[step][part], rollouts.states[step + 1][part]
         text = rollouts.text.rows(part)
+        if c.kl_beta:  # first: nothing comes between the forward pass that is trained and its way back
+            with self.policy.base():
+                base = step_at(c, self.policy, rollouts, step, text, x)
         now = step_at(c, self.policy, rollouts, step, text, x)
         clipped = clipped_loss(
             log_prob(x_next, now.step),
@@ -124,8 +127,6 @@ class Updater:
         loss = clipped.loss.mean()
         losses = {"policy_loss": loss.detach(), "kl": loss.new_zeros(())}
         if c.kl_beta:
-            with self.policy.base():
-                base = step_at(c, self.policy, rollouts, step, text, x)
             kl = divergence(now.step, base.step, now.sigma, now.sigma_next, c.kl_convention).mean()
             losses["kl"] = kl.detach()
             loss = loss + c.kl_beta * kl
