@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.lora import (
@@ -135,6 +136,9 @@ def test_checkpointed_and_compiled(folder: Path, transformer: OSPNextTransformer
     for block in other.blocks[:2]:
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
     ours, theirs = gradients(other), gradients(plain)
+    with adapter_disabled(other):  # what is compiled looks whether it is on
+        assert torch.allclose(velocity(other), velocity(load(folder)), atol=1e-5)
+    assert torch.allclose(velocity(other), velocity(plain), atol=1e-5)
     for name, value in ours.items():
         assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-4 * float(theirs[name].abs().max())), name
 
@@ -163,6 +167,15 @@ def test_another_model_s_adapter(folder: Path, transformer: OSPNextTransformer3D
     with pytest.raises(CheckpointError, match=words + r"blocks.0.self_attn.q \[64, 64\] for \[48, 48\]"):
         put_adapter(transformer, filled(wider))
     assert not adapter_names(transformer)
+
+
+def test_a_lora_is_no_model(folder: Path, transformer: OSPNextTransformer3DModel, tmp_path: Path) -> None:
+    file = write_adapter(filled(transformer), tmp_path / "x.safetensors", "comfyui")
+    with pytest.raises(CheckpointError, match=r"x.safetensors: a LoRA, not the weights .*: name it as lora_path, and"):
+        load(file)
+    save_file(load(folder, NEW).state_dict(), tmp_path / "both.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a LoRA beside the weights .*: save the model with it merged in"):
+        load(tmp_path / "both.safetensors")
 
 
 def test_no_adapter_to_take_off(transformer: OSPNextTransformer3DModel) -> None:

@@ -141,6 +141,14 @@ def open_transformer(path: str | Path, relayout: bool = False, **overrides: Any)
     image = [name for name in weights.tensors if is_image_weight(name)]
     if image:
         raise CheckpointError(f"{place}: image-to-video weights ({image[0]} ...): only text-to-video is supported")
+    adapter = [name for name in weights.tensors if "lora_" in name]
+    if adapter:
+        beside = any(".base_layer." in name or name.startswith("patch_embedding.") for name in weights.tensors)
+        raise CheckpointError(
+            f"{place}: {'holds a LoRA beside the weights' if beside else 'a LoRA, not the weights of a model'} "
+            f"({adapter[0]} ...): "
+            + ("save the model with it merged in" if beside else "name it as lora_path, and its model here")
+        )
     fixed = {key: value for key, value in overrides.items() if not (relayout and key in SPARSE)}
     if place.is_dir():
         family, said = _folder_settings(place)
