@@ -146,7 +146,7 @@ class Case(NamedTuple):
     setup: Setup
     launch: Launch
     overlap: bool
-    blocks: str = "skiparse"  # or full: every block dense
+    blocks: str = "skiparse"  # or another case of dit_step.py
 
     def mesh(self, model: Any) -> Mesh | None:
         """The mesh, None for one device."""
@@ -350,7 +350,8 @@ def variants(arguments: argparse.Namespace, shapes: list[Shape]) -> list[tuple[S
         for overlap in (overlaps if shape.processes > 1 else overlaps[:1])
     ]
     dense = [shape for shape in shapes if shape.ssp == 1] if arguments.full else []
-    return sparse + [(shape, False, "full") for shape in dense]
+    eight_bits = [(shape, False, blocks) for blocks in arguments.eight_bits for shape in shapes]
+    return sparse + [(shape, False, "full") for shape in dense] + eight_bits
 
 
 def shape(text: str) -> Shape:
@@ -387,6 +388,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=("off", "on", "both"),
         default="off",
         help="exchange tokens while blocks compute, as generate does",
+    )
+    parser.add_argument(
+        "--eight-bits",
+        type=dit_step.one_of(("hif8", "hif8_running")),
+        default=[],
+        help="also sparse blocks in HiF8 on FP8 tensor cores: hif8, hif8_running",
     )
     parser.add_argument("--full", action="store_true", help="also a model of dense blocks alone, under Ulysses")
     parser.add_argument("--repeats", type=int, default=5)

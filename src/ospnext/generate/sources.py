@@ -36,6 +36,7 @@ from ospnext.parallel.guidance import SplitGuidance
 from ospnext.parallel.ownership import segment_count
 from ospnext.parallel.team import VideoTeam
 from ospnext.quant.apply import describe, is_quantised
+from ospnext.quant.block import prepare
 from ospnext.quant.config import choose_execution
 from ospnext.quant.settings import quant_keys
 
@@ -130,7 +131,7 @@ def make_plan(config: GenerateConfig, device: torch.device, world: int = 1) -> P
     if config.encoder_cpu_offload:
         asked |= {"vae", "text_encoder"}
     offload = choose_offload(parts, device, frozenset(asked))
-    eight_bits = describe(transformer, execution)
+    eight_bits = describe(transformer, execution, device if shards == 1 else None)
     return Plan(places, dict(transformer.config), dtypes, sampling, offload, sizes, eight_bits, quant, adapters)
 
 
@@ -334,6 +335,8 @@ def load_pipeline(
         **config.architecture(),
     )
     transformer.set_attention_kernel(config.attention_kernel)
+    if crew.weights is None:
+        prepare(transformer, crew.device)
     offload_text = "text_encoder" in plan.offload
     pipe = OSPNextPipeline.from_parts(
         transformer,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ospnext.ops.attention import Attend
+from ospnext.ops.attention8 import why_not
 from ospnext.quant.attention import HiF8Attend
 from ospnext.quant.config import Execution, QuantConfig
 from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear
@@ -113,8 +114,14 @@ def is_quantised(model: nn.Module) -> bool:
     return next(quantised(model), None) is not None
 
 
-def describe(model: nn.Module, execution: Execution | None = None) -> str:
-    """What runs in HiF8, for a report; ``execution`` is what will run where the model is on meta so far."""
+def describe(model: nn.Module, execution: Execution | None = None, device: torch.device | None = None) -> str:
+    """What runs in HiF8, for a report.
+
+    Args:
+        model: any; on meta what it will be.
+        execution: what will run, where the model is on meta so far.
+        device: that a model will sample on once it is prepared (``quant.block``); None: it will not be.
+    """
     linears = [module for _, module in quantised(model) if isinstance(module, HiF8Linear)]
     attentions = sum(isinstance(module, HiF8Attend) for _, module in quantised(model))
     if not linears and not attentions:
@@ -126,7 +133,12 @@ def describe(model: nn.Module, execution: Execution | None = None) -> str:
     )
     parts = [f"{count} linears ({kind})" for kind, count in kinds.items()]
     if attentions:
-        parts.append(f"{attentions} attentions (inputs rounded, plain kernel)")
+        how = "inputs rounded, plain kernel"
+        if device is not None and device.type == "cuda" and execution == "fp8":
+            head_dim = model.config.dim // model.config.num_heads  # type: ignore[union-attr, operator]
+            reason = why_not(device, head_dim)
+            how = f"{how}: {reason}" if reason else "fp8: cuDNN"
+        parts.append(f"{attentions} attentions ({how})")
     return f"hif8: {', '.join(parts)}"
 
 

@@ -17,8 +17,12 @@ from ospnext.quant.attention import HiF8Attend
 from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear, product
 
 
-def prepare(model: Any) -> None:
+def prepare(model: Any, device: torch.device | None = None) -> None:
     """Make a quantised model ready to sample fast, in place; it can no longer be trained or saved then.
+
+    Args:
+        model: on any device.
+        device: where weights are rounded, one after the other; None: where they are.
 
     Weights become eight bits in memory, and blocks that are quantised whole fuse. Does nothing to a model that is not
     quantised, that does not run on FP8 tensor cores, or whose weights are shared among processes.
@@ -30,7 +34,7 @@ def prepare(model: Any) -> None:
         for parent in [module for module in block.modules() if isinstance(module, nn.Module)]:
             for name, child in list(parent.named_children()):
                 if isinstance(child, HiF8Linear) and _whole(child):
-                    parent._modules[name] = _ready(child)
+                    parent._modules[name] = _ready(child, device)
         block.forward = partial(forward, block, block.forward)
 
 
@@ -38,18 +42,22 @@ def _whole(linear: HiF8Linear) -> bool:
     return linear.quant.execution == "fp8" and type(linear.weight.data) is torch.Tensor
 
 
-def _ready(linear: HiF8Linear) -> HiF8StoredLinear:
-    """The linear with its weight in E4M3."""
+def _ready(linear: HiF8Linear, device: torch.device | None) -> HiF8StoredLinear:
+    """The linear with its weight in E4M3, where it was."""
     amax = linear._buffers.get(AMAX)
     if amax is not None and not amax[0] > 0:
         raise ValueError(
             "quant_scaling is running, but the weights have no running numbers: train with it, or use tensor"
         )
+    home = linear.weight.device
+    if device is not None:
+        linear.weight = nn.Parameter(linear.weight.to(device), requires_grad=False)
     stored = linear if isinstance(linear, HiF8StoredLinear) else HiF8StoredLinear(linear, linear.quant)
     if stored is not linear:
         stored._buffers |= {name: b for name, b in linear._buffers.items() if b is not None}
         stored.reduce_amax = linear.reduce_amax
     stored.unpack()
+    stored.to(home)
     return stored
 
 
