@@ -26,6 +26,7 @@ from ospnext.generate.settings import Guidance, Steps
 from ospnext.media import contact_sheet, write_video
 from ospnext.ops.attention import describe_kernel
 from ospnext.quant.apply import describe, is_quantised
+from ospnext.quant.block import prepare
 from ospnext.sections import AttentionKernel, DType
 from ospnext.shapes.captions import caption
 from ospnext.shapes.grade import Grade
@@ -102,9 +103,10 @@ def open_pipeline(config: EvaluateShapesConfig, model: str, **overrides: Any) ->
     kernel = describe_kernel(config.attention_kernel, device, dtype)
     pipe = OSPNextPipeline.from_pretrained(model, torch_dtype=dtype, device=device, **overrides)
     pipe.transformer.set_attention_kernel(config.attention_kernel)
+    prepare(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
-    return pipe, where + (f", {describe(pipe.transformer)}" if is_quantised(pipe.transformer) else "")
+    return pipe, where + (f", {describe(pipe.transformer, device=device)}" if is_quantised(pipe.transformer) else "")
 
 
 def generate(pipe: OSPNextPipeline, prompts: Sequence[str], config: EvaluateShapesConfig) -> list[np.ndarray]:

@@ -134,7 +134,8 @@ def describe(model: nn.Module, execution: Execution | None = None, device: torch
     parts = [f"{count} linears ({kind})" for kind, count in kinds.items()]
     if attentions:
         how = "inputs rounded, plain kernel"
-        if device is not None and device.type == "cuda" and execution == "fp8":
+        executions = {execution or module.quant.execution for _, module in quantised(model)}
+        if device is not None and device.type == "cuda" and executions == {"fp8"}:
             head_dim = model.config.dim // model.config.num_heads  # type: ignore[union-attr, operator]
             reason = why_not(device, head_dim)
             how = f"{how}: {reason}" if reason else "fp8: cuDNN"
