@@ -135,7 +135,7 @@ def test_videos_along_the_way_are_those_of_one_process(
     assert apart.count(0) >= 3
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_goes_on_from_osp_nexts_own_folder(
     world: int, processes: Group, paths: Any, expected: Any, tmp_path: Path
 ) -> None:
