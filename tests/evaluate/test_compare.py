@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from ospnext.checkpoints.lora_files import Adapter, Pair, write_adapter
 from ospnext.cli import main
 from ospnext.evaluate.paired import mean_of, paired_difference, psnr, ssim
 from ospnext.shapes.share import share
@@ -103,8 +105,11 @@ def test_the_command_compares_a_model_with_itself_and_with_other_settings(model,
     assert same["equal"] == same["score"]["asked"] == len(same["prompts"]) == 5
     assert same["score"]["difference"] == 0
     assert same["ssim"]["value"] == pytest.approx(1)
+    pairs = {f"blocks.{i}.self_attn.v": Pair(torch.randn(2, 32), torch.randn(32, 2), 2.0) for i in range(2)}
+    lora = write_adapter(Adapter(pairs), tmp_path / "lora")
     for name, other in (
         ("steps", "other.num_inference_steps=1"),
+        ("lora", f"other.lora_path={lora}"),
         ("quant", "other.quant=hif8"),
         ("layouts", "other.skiparse_model_type=uniform"),
     ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ospnext.checkpoints.lora import NewAdapter, linear_shapes
 from ospnext.checkpoints.lora_files import Adapter, Pair, read_adapter, write_adapter
@@ -67,6 +68,9 @@ def test_loaded_scaled_swapped_and_unloaded(pipe: OSPNextPipeline, tmp_path: Pat
     pipe.delete_adapters("other")
     assert torch.equal(video(pipe), first)
     pipe.load_lora_weights(tmp_path, adapter_name="other", weight_name="x.safetensors")
+    assert torch.equal(video(pipe), both)
+    pipe.delete_adapters("other")
+    pipe.load_lora_weights(load_file(tmp_path / "x.safetensors"), adapter_name="other")
     assert torch.equal(video(pipe), both)
     pipe.unload_lora_weights()
     assert pipe.get_list_adapters() == {}

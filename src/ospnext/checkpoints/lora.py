@@ -290,7 +290,7 @@ def fuse(model: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
         CheckpointError: weights are in 8 bits. Nothing has changed.
     """
     layers = [(n, layer) for n, layer in _lora_modules(model) if any(a in layer.lora_A for a in layer.active_adapters)]
-    if coded := [name for name, layer in layers if not layer.get_base_layer().weight.is_floating_point()]:
+    if coded := [name for name, layer in layers if layer.get_base_layer().weight.itemsize < 2]:
         raise CheckpointError(
             f"{len(coded)} weights are in 8 bits, such as {coded[0]}, into which an adapter would be lost: leave it "
             "beside them"

@@ -18,7 +18,7 @@ _METADATA = "lora_adapter_metadata"  # diffusers' name for PEFT's config in a fi
 
 
 def alpha_of(
-    file: Path, module: str, rank: int, parts: Mapping[str, Tensor], config: Mapping[str, Any], default: float | None
+    file: str, module: str, rank: int, parts: Mapping[str, Tensor], config: Mapping[str, Any], default: float | None
 ) -> float | None:
     """Alpha of a linear: the file's own, that of its config, or ``default``.
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,29 +145,15 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     file = find_adapter(Path(path))
     config = config_of(file)
     weights = WeightFile(file)
-    # The names as they are in the file: what they begin with tells the style.
-    prefix = weights.prefix
-    try:
-        keys = read_keys(prefix + name for name in weights.tensors)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    if not keys.parts:
-        raise CheckpointError(
-            f"{file}: no LoRA: none of its {len(weights.tensors)} keys is one's"
-            + (f", such as {list_names(keys.foreign, 2)}" if keys.foreign else "")
-        )
-    if keys.foreign:
-        raise CheckpointError(
-            f"{file}: {len(keys.foreign)} of {len(weights.tensors)} keys name nothing this model has: "
-            f"{list_names(keys.foreign)}; it is an adapter of another model, or of more than the transformer"
-        )
-    found: dict[str, dict[str, Tensor]] = {}
     with weights.opened() as read:
-        for key, part in keys.parts.items():
-            if part.part in (parts := found.setdefault(part.module, {})):
-                raise CheckpointError(f"{file}: {key} is there twice: it holds several adapters, give one at a time")
-            parts[part.part] = read(key.removeprefix(prefix)).clone()
-    return _put_together(file, found, keys, config, alpha)
+        # The names as they are in the file: what they begin with tells the style.
+        names = [weights.prefix + name for name in weights.tensors]
+        return _sort_out(str(file), names, lambda key: read(key.removeprefix(weights.prefix)).clone(), config, alpha)
+
+
+def take_adapter(tensors: Mapping[str, Tensor], alpha: float | None = None) -> Adapter:
+    """An adapter from tensors by name, of any style; arguments and errors as ``read_adapter``."""
+    return _sort_out("the adapter", list(tensors), lambda key: tensors[key].cpu(), {}, alpha)
 
 
 def find_adapter(path: Path) -> Path:
@@ -190,8 +176,34 @@ def find_adapter(path: Path) -> Path:
     raise CheckpointError(f"{path}: no {WEIGHTS} in it, but {names}: name the adapter's file")
 
 
+def _sort_out(
+    where: str, names: Sequence[str], get: Callable[[str], Tensor], config: Mapping[str, Any], alpha: float | None
+) -> Adapter:
+    """All keys first, then the tensors: a file of something else is not read."""
+    try:
+        keys = read_keys(names)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if not keys.parts:
+        raise CheckpointError(
+            f"{where}: no LoRA: none of its {len(names)} keys is one's"
+            + (f", such as {list_names(keys.foreign, 2)}" if keys.foreign else "")
+        )
+    if keys.foreign:
+        raise CheckpointError(
+            f"{where}: {len(keys.foreign)} of {len(names)} keys name nothing this model has: "
+            f"{list_names(keys.foreign)}; it is an adapter of another model, or of more than the transformer"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, part in keys.parts.items():
+        if part.part in (parts := found.setdefault(part.module, {})):
+            raise CheckpointError(f"{where}: {key} is there twice: it holds several adapters, give one at a time")
+        parts[part.part] = get(key)
+    return _put_together(where, found, keys, config, alpha)
+
+
 def _put_together(
-    file: Path, found: Mapping[str, Mapping[str, Tensor]], keys: Keys, config: Mapping[str, Any], alpha: float | None
+    file: str, found: Mapping[str, Mapping[str, Tensor]], keys: Keys, config: Mapping[str, Any], alpha: float | None
 ) -> Adapter:
     pairs: dict[str, Pair] = {}
     diffs: dict[str, Tensor] = {}
@@ -219,10 +231,10 @@ def _put_together(
             f"{file}: no alpha for {len(unknown)} of {len(pairs)} linears, such as {unknown[0]}: put its {CONFIG} "
             "beside it, or say it: ospnext convert-lora SRC DST --to peft alpha=N"
         )
-    return Adapter(pairs, diffs, str(file), keys.style)
+    return Adapter(pairs, diffs, file, keys.style)
 
 
-def _numbers(file: Path, module: str, tensor: Tensor) -> Tensor:
+def _numbers(file: str, module: str, tensor: Tensor) -> Tensor:
     """A tensor in plain floating point.
 
     Raises:

@@ -2,6 +2,7 @@
 
     ospnext compare-shapes other.quant=hif8
     ospnext compare-shapes model=runs/shapes_dense/pipeline other.model=runs/shapes_dense_to_sparse/pipeline
+    ospnext compare-shapes other.lora_path=runs/shapes_lora/adapter
 
 The first setting is told as for ``evaluate-shapes``; ``other`` says what is different in the second one. Both get the
 same prompts and the same noise, so that the difference of their scores is paired (``paired.paired_difference``), and
@@ -34,6 +35,8 @@ class OtherSetting(QuantKeys):
     """What is different in the second setting; None: as in the first."""
 
     model: str | None = Field(None, description="a pipeline folder, or 'shapes'")
+    lora_path: str | None = Field(None, description="a LoRA on it")
+    lora_scale: float | None = Field(None, description="times the LoRA")
     num_inference_steps: Steps | None = Field(None, description="sampling steps")
     guidance_scale: Guidance | None = Field(None, description="guidance")
     weight_dtype: DType | None = Field(None, description="numbers of the transformer")
@@ -96,7 +99,15 @@ def run(config: CompareShapesConfig) -> None:
 
 def other_config(config: CompareShapesConfig) -> EvaluateShapesConfig:
     """The second setting, told as for ``evaluate-shapes``."""
-    names = ("model", "num_inference_steps", "guidance_scale", "weight_dtype", "attention_kernel")
+    names = (
+        "model",
+        "lora_path",
+        "lora_scale",
+        "num_inference_steps",
+        "guidance_scale",
+        "weight_dtype",
+        "attention_kernel",
+    )
     changed = {name: value for name in names if (value := getattr(config.other, name)) is not None}
     return config.model_copy(update=changed)
 

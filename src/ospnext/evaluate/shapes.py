@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ospnext.checkpoints.lora import describe_adapter
 from ospnext.config import Config
 from ospnext.device import device_label, dtype_label, resolve_device, working_dtype
 from ospnext.generate.manifest import write_text
@@ -41,6 +42,8 @@ class EvaluateShapesConfig(Config):
     """``ospnext evaluate-shapes``: which model, on how many prompts of which world."""
 
     model: str = Field("shapes", description="a pipeline folder, or 'shapes' (embedded)")
+    lora_path: str | None = Field(None, description="a LoRA on it, a folder or file of any style")
+    lora_scale: float = Field(1.0, description="times the LoRA")
     output_dir: str = Field("outputs/evaluation", description="where shapes.json and the first videos go")
     world: Literal["large", "simple", "full"] = Field(
         "large", description="which scenes; the embedded model knows large ones"
@@ -91,7 +94,7 @@ def open_pipeline(config: EvaluateShapesConfig, model: str, **overrides: Any) ->
     """A model that is ready to be asked, and what it runs on in words.
 
     Args:
-        config: device, dtype and kernel.
+        config: device, dtype, kernel and LoRA.
         model: a pipeline's name.
         **overrides: of its transformer, as in ``load_transformer``.
 
@@ -103,9 +106,13 @@ def open_pipeline(config: EvaluateShapesConfig, model: str, **overrides: Any) ->
     kernel = describe_kernel(config.attention_kernel, device, dtype)
     pipe = OSPNextPipeline.from_pretrained(model, torch_dtype=dtype, device=device, **overrides)
     pipe.transformer.set_attention_kernel(config.attention_kernel)
+    where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
+    if config.lora_path is not None:
+        pipe.load_lora_weights(config.lora_path, "lora")
+        pipe.set_adapters("lora", config.lora_scale)
+        where += f", {describe_adapter(pipe.transformer, 'lora')}, scale {config.lora_scale:g}"
     prepare(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
-    where = f"{device_label(device)}, {dtype_label(dtype)}, {kernel}"
     return pipe, where + (f", {describe(pipe.transformer, device=device)}" if is_quantised(pipe.transformer) else "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ospnext.checkpoints.lora import fuse, loaded_adapters, put_adapter, unfuse, use_adapters
-from ospnext.checkpoints.lora_files import Adapter, read_adapter
+from ospnext.checkpoints.lora_files import Adapter, read_adapter, take_adapter
 
 
 class LoraMethods:
@@ -26,7 +26,7 @@ class LoraMethods:
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | Path | Adapter,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor] | Adapter,
         adapter_name: str | None = None,
         weight_name: str | None = None,
         alpha: float | None = None,
@@ -34,7 +34,8 @@ class LoraMethods:
         """Load a LoRA of any style that ``read_adapter`` knows, beside those in use, with scale 1.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a file, a folder, or what ``read_adapter`` gave; never the network.
+            pretrained_model_name_or_path_or_dict: a file, a folder, tensors by name, or what ``read_adapter`` gave;
+                never the network.
             adapter_name: for ``set_adapters``; default: ``default_0`` and so on.
             weight_name: the file in the folder.
             alpha: where the files do not say it.
@@ -51,9 +52,12 @@ class LoraMethods:
             raise ValueError(f"adapter_name {name!r} is taken: choose another, or delete_adapters({name!r}) first")
         if "." in name:
             raise ValueError(f"adapter_name is {name!r}: it must not hold a dot")
-        adapter = source
-        if not isinstance(adapter, Adapter):
-            adapter = read_adapter(Path(adapter) / weight_name if weight_name else adapter, alpha)
+        if isinstance(source, Adapter):
+            adapter = source
+        elif isinstance(source, Mapping):
+            adapter = take_adapter(source, alpha)
+        else:
+            adapter = read_adapter(Path(source) / weight_name if weight_name else source, alpha)
         # In the weights' own numbers: what is multiplied by them is in these.
         dtype = self.transformer.patch_embedding.weight.dtype
         put_adapter(self.transformer, adapter, dtype, name, trained=False)
