@@ -20,6 +20,8 @@ from ospnext.parallel.launch import Launch
 from ospnext.prepare.plan_recipe import SPARSE, UMT5_XXL, WAN
 from ospnext.train.distil import check_teacher
 from ospnext.train.parts import settle
+from ospnext.train.rl_parts import settle as settle_rl
+from ospnext.train.rl_settings import RLConfig
 from ospnext.train.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +94,33 @@ def test_a_recipe_is_settled_on_eight_processes(recipe: Path, folder: Path, tmp_
     assert job.transformer["num_layers"] == WAN[size]["num_layers"]
     assert job.transformer["skiparse_model_type"] == "dual_end"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", [ROOT / "configs/rl/osp_14b.yaml", ROOT / "tests/data/seed_rl.yaml"], ids=str)
+def test_reinforcement_learning_is_settled_on_sixteen_processes(
+    recipe: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ospnext.generate.sources.free_memory", lambda device: 80 * 2**30)  # of an accelerator
+    (tmp_path / "prompts.txt").write_text("A red fox.\nTwo boats at sea.\n")
+    paths = {
+        "model_config.pretrained_model_dir_or_checkpoint": folder / "sparse_14B",
+        "vae_config.vae_path": folder / "vae",
+        "text_encoder_config.checkpoint_path": folder / "text_encoder",
+        "text_encoder_config.text_tokenizer_path": folder / "tokenizer",
+        "rl_config.prompt_file": tmp_path / "prompts.txt",
+        "rl_config.eval_prompt_file": tmp_path / "prompts.txt",
+        "rl_config.reward_fn": "{motion: 1.0}",
+        "reward_config.options": "{}",
+        "output_dir": tmp_path / "run",
+        "device": "cpu",
+    }
+    if recipe.stem == "seed_rl":
+        paths["data_config.dataset_config.text_tokenizer_path"] = folder / "tokenizer"
+    config = load_config(RLConfig, str(recipe), [f"{key}={value}" for key, value in paths.items()], key_rules("rl"))
+    refuse_placeholders(config)
+    job = settle_rl(config, Launch(5, 16, 5))
+    assert tuple(job.plan.sizes.sizes) == (4, 1, 4, 1)
+    assert tuple(job.plan.sizes.copies) == (1, 16)
+    assert job.plan.sampling.shift == 7.0
+    assert job.plan.dtypes.transformer == torch.bfloat16
+    assert (job.config.random_steps, job.config.num_inference_steps) == (4 if "configs" in str(recipe) else 10, 25)

@@ -13,7 +13,7 @@ from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, 
 from ospnext.checkpoints.components import load_scheduler
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import load_tokenizer, load_vae
-from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for
+from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for, linear_shapes
 from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
 from ospnext.generate.pipeline import OSPNextPipeline
@@ -21,9 +21,11 @@ from ospnext.generate.sampler import make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import GenerateConfig, SamplerConfig
 from ospnext.generate.sources import Plan, find_sources, make_plan
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
+from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.apply import Options
 from ospnext.parallel.fsdp import Sharding, copies_mesh
 from ospnext.parallel.launch import Launch, place
+from ospnext.quant.settings import SAVED
 from ospnext.rewards.base import check_reward
 from ospnext.sections import RunConfig
 from ospnext.train.prompts import Prompt, read_prompts, share_of
@@ -71,7 +73,10 @@ def settle(config: RLConfig, launch: Launch) -> Job:
     if c.sde_steps is not None and c.sde_steps > c.random_steps:
         notices.append(f"sde_steps is {c.sde_steps}: {c.random_steps} are random, for the last step has no noise")
     negative = plan.places.settings.get("negative_prompt", WAN_NEGATIVE_PROMPT)
-    lora = config.lora_config
+    adapter = asked_for(config.lora_config, config.seed)
+    with torch.device("meta"):
+        own = {k: v for k, v in plan.transformer.items() if not k.startswith("_") and k not in SAVED}
+        adapter.sizes(linear_shapes(OSPNextTransformer3DModel(**own)))  # refuses what is none of this model's
     return Job(
         device,
         plan,
@@ -79,7 +84,7 @@ def settle(config: RLConfig, launch: Launch) -> Job:
         negative if c.negative_prompt is None else c.negative_prompt,
         read_prompts(c.prompt_file, config.seed),
         [] if c.eval_prompt_file is None else read_prompts(c.eval_prompt_file, config.seed, held_out=True),
-        asked_for(lora, config.seed),
+        adapter,
         notices,
     )
 
