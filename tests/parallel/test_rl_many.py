@@ -60,12 +60,13 @@ def test_the_run_is_that_of_one_process(
         assert line == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
         {"rl_config__kl_beta": 1.0, "rl_config__kl_reward": 10.0, "rl_config__num_inner_epochs": 2},
-        pytest.param({"rl_config__cfg_gradient": "detached"}, marks=pytest.mark.long),
-        pytest.param({"model_config__quant": "hif8", "rl_config__use_cfg_in_train": False}, marks=pytest.mark.long),
+        {"rl_config__cfg_gradient": "detached"},
+        {"model_config__quant": "hif8", "rl_config__use_cfg_in_train": False},
     ],
     ids=["leashed", "detached", "hif8, conditional"],
 )

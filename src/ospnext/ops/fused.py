@@ -18,6 +18,8 @@ compilation of the model. All compute in float32 whatever the dtype in memory; `
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from ospnext.ops.rope import apply_rope
 
 TRITON = find_spec("triton") is not None
+_as_in_training = False  # see ``as_in_training``
 if TRITON:
     from ospnext.ops import triton_kernels
 
@@ -99,7 +102,7 @@ def linear_gelu(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         layer: ``nn.Linear``, or a layer that stands in its place, which is then called as it is.
     """
     plain = type(layer) is nn.Linear and layer.bias is not None and layer.weight.dtype == x.dtype  # not under autocast
-    if plain and x.is_cuda and not torch.is_grad_enabled():
+    if plain and x.is_cuda and not torch.is_grad_enabled() and not _as_in_training:
         return _linear_gelu(x, layer.weight, layer.bias)
     return F.gelu(layer(x), approximate="tanh")
 
@@ -132,7 +135,18 @@ def describe_fused(device: torch.device) -> str:
 
 def sampling(x: torch.Tensor) -> bool:
     """Whether the kernels run on a tensor: sampling on CUDA."""
-    return TRITON and x.is_cuda and not torch.is_grad_enabled() and x.numel() > 0
+    return TRITON and x.is_cuda and not torch.is_grad_enabled() and x.numel() > 0 and not _as_in_training
+
+
+@contextmanager
+def as_in_training(on: bool = True) -> Iterator[None]:
+    """Inside, the plain forms run without gradients, too: sampling then rounds as training does. In one thread."""
+    global _as_in_training
+    before, _as_in_training = _as_in_training, on
+    try:
+        yield
+    finally:
+        _as_in_training = before
 
 
 # An operator of its own: the compiler would take the product and its activation apart again.

@@ -37,7 +37,7 @@ class Graders:
                 return [grade(video, scene) for video, scene in zip(videos, scenes, strict=True)]
         try:
             return list(
-                self._started().map(grade, videos, scenes, chunksize=max(1, min(4, len(videos) // self.workers)))
+                self._started().map(grade, videos, scenes, chunksize=max(1, min(4, len(videos) // (2 * self.workers))))
             )
         except BrokenExecutor:
             self.close()  # the next call starts new ones

@@ -2,6 +2,7 @@
 
 Before the first update of an epoch the model is the one that rolled it out, so that every probability ratio is 1 but
 for rounding. Where it is not, training would follow numbers that mean nothing: the run stops and says what differs.
+Within the bound rounding is divided out of that update: its own log-probabilities become the old ones.
 """
 
 import math
@@ -35,14 +36,22 @@ class Updater:
         state: of the run.
         settings: of the optimiser's steps.
         launch: this process.
+        exact: whether the base is in float32.
     """
 
     def __init__(
-        self, config: GRPOConfig, policy: Policy, state: TrainState, settings: LoopSettings, launch: Launch
+        self,
+        config: GRPOConfig,
+        policy: Policy,
+        state: TrainState,
+        settings: LoopSettings,
+        launch: Launch,
+        exact: bool,
     ) -> None:
         self.config, self.policy, self.state = config, policy, state
         self.settings, self.launch = settings, launch
-        self.tolerance = config.clip_range / 2 if config.ratio_tolerance is None else config.ratio_tolerance
+        self.tolerance = config.tolerance(exact)
+        self._anchors: list[tuple[int, list[int], Tensor]] = []  # log-probabilities of an epoch's first update
         self.deviation = 0.0  # greatest distance of a ratio from 1 before the last epoch's first update
 
     def update(
@@ -76,9 +85,12 @@ class Updater:
         for _ in range(c.num_inner_epochs):
             for i in range(0, len(parts), together):
                 check()
-                total = self._gradients(rollouts, parts[i : i + together], steps, advantages)
+                total = self._gradients(rollouts, parts[i : i + together], steps, advantages, first)
                 if first:
                     self._check_ratio(rollouts, parts[i : i + together], steps, float(total.pop("deviation")))
+                    while self._anchors:
+                        step, part, values = self._anchors.pop()
+                        rollouts.log_probs[step][part] = values
                     log.add_facts(facts)
                     first = False
                 total.pop("deviation", None)
@@ -87,16 +99,16 @@ class Updater:
                 log.add(total)
 
     def _gradients(
-        self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, advantages: Tensor
+        self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, advantages: Tensor, first: bool
     ) -> dict[str, Tensor]:
-        """Add up the gradients of one optimiser step; what the log says of it."""
+        """Add up the gradients of one optimiser step, perhaps the first of an epoch; what the log says of it."""
         c, samples = self.config, sum(map(len, parts))
         passes = [(part, step) for part in parts for step in steps]
         total: dict[str, Tensor] = {}
         for number, (part, step) in enumerate(passes):
             synchronise_gradients(self.state.modules.values(), number == len(passes) - 1)
             share = len(part) / (samples * len(steps))
-            losses = self._losses(rollouts, part, step, advantages)
+            losses = self._losses(rollouts, part, step, advantages, first)
             (losses["loss"] * share).backward()
             for name, value in losses.items():
                 value = value.detach()
@@ -110,7 +122,9 @@ class Updater:
             total.pop("kl")
         return total
 
-    def _losses(self, rollouts: Rollouts, part: list[int], step: int, advantages: Tensor) -> dict[str, Tensor]:
+    def _losses(
+        self, rollouts: Rollouts, part: list[int], step: int, advantages: Tensor, first: bool
+    ) -> dict[str, Tensor]:
         c, device = self.config, rollouts.states[0].device
         x, x_next = rollouts.states[step][part], rollouts.states[step + 1][part]
         text = rollouts.text.rows(part)
@@ -118,12 +132,12 @@ class Updater:
             with self.policy.base():
                 base = step_at(c, self.policy, rollouts, step, text, x)
         now = step_at(c, self.policy, rollouts, step, text, x)
-        clipped = clipped_loss(
-            log_prob(x_next, now.step),
-            rollouts.log_probs[step][part],
-            advantages[part].to(device),
-            c.clip_range,
-        )
+        new, old = log_prob(x_next, now.step), rollouts.log_probs[step][part]
+        deviation = (new.detach() - old).exp().sub(1).abs().max()
+        if first:
+            old = new.detach()
+            self._anchors.append((step, part, old))
+        clipped = clipped_loss(new, old, advantages[part].to(device), c.clip_range)
         loss = clipped.loss.mean()
         losses = {"policy_loss": loss.detach(), "kl": loss.new_zeros(())}
         if c.kl_beta:
@@ -135,11 +149,11 @@ class Updater:
             "ratio": clipped.ratio.mean(),
             "ratio_square": clipped.ratio.square().mean(),
             "clip_fraction": clipped.clipped.float().mean(),
-            "deviation": (clipped.ratio - 1).abs().max(),
+            "deviation": deviation,
         }
 
     def _check_ratio(self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, deviation: float) -> None:
-        """Hold the ratio to 1 on all processes."""
+        """Hold the ratio to 1 on all processes; ``deviation`` is this one's greatest distance."""
         far = not deviation <= self.tolerance  # also where it is no number
         self.deviation = max(gather_objects(self.launch, deviation), key=lambda d: math.inf if math.isnan(d) else d)
         if not any_of(self.launch, far):
@@ -152,8 +166,7 @@ class Updater:
             if far:
                 raise RatioError(
                     f"before an update the probability ratio is {self.deviation:.2e} from 1, and {self.tolerance:.1e} "
-                    f"is allowed (rl_config.ratio_tolerance; half of clip_range {self.config.clip_range:g}): rollout "
-                    f"and training do not compute alike. {said}"
+                    f"is allowed (rl_config.ratio_tolerance): rollout and training do not compute alike. {said}"
                 )
 
         agree(self.launch, refuse)
@@ -182,7 +195,10 @@ def describe_difference(config: GRPOConfig, policy: Policy, rollouts: Rollouts, 
     if again > 10 * max(training, 1e-12) or min(training, sampling, again) > training / 2:
         return said + "All differ: the weights or the text are not those of the rollout"
     if sampling < training / 2:
-        return said + "Gradients make the difference: another kernel, compilation or checkpointing computes with them"
+        return said + (
+            "Gradients make the difference: other kernels or compilation compute with them: set "
+            "rl_config.exact_rollouts=true"
+        )
     return said + (
         f"The batch makes the difference: use train_batch_size={rollouts.batch}, weight_dtype=fp32, or a larger "
         "clip_range"

@@ -19,6 +19,7 @@ from ospnext.flow.sample import denoise, sigma_schedule
 from ospnext.flow.sde import Levels, Recorder, divergence, gaussian, rollout_levels
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.models.video_vae import decode_together
+from ospnext.ops.fused import as_in_training
 from ospnext.parallel.circle import Circle
 from ospnext.parallel.launch import Launch, gather_objects
 from ospnext.rewards.base import RewardSet, Scored
@@ -187,7 +188,8 @@ class Roller:
             check()
             some = samples[i : i + c.sample_batch_size]
             prompts = [self.prompts[chosen[s // c.group_size]] for s in some]
-            latents, rollouts, strayed = self._roll_batch(epoch, some, prompts, levels)
+            with as_in_training(c.exact_rollouts):
+                latents, rollouts, strayed = self._roll_batch(epoch, some, prompts, levels)
             own = self.videos.own(len(some))
             if own:
                 scored = self.videos.score(self.videos.pixels(latents[own]), [prompts[k] for k in own])
