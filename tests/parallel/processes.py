@@ -96,14 +96,18 @@ class Processes:
 
 @contextmanager
 def groups_forgotten() -> Iterator[None]:
-    """End the process groups that are made inside: each keeps a thread awake, and a test process makes many."""
+    """End the process groups that are made inside: each keeps a thread awake, and a test process makes many.
+
+    Those of ``copies_mesh`` stay: it makes them once.
+    """
     known = set(distributed_c10d._world.pg_map)
     yield
     if not dist.is_initialized():
         return
     dist.barrier()
     for group in [group for group in distributed_c10d._world.pg_map if group not in known]:
-        dist.destroy_process_group(group)
+        if group.group_desc not in ("mesh_ddp", "mesh_fsdp"):
+            dist.destroy_process_group(group)
 
 
 def _serve(rank: int, world: int, rendezvous: Path, pipe: Connection) -> None:

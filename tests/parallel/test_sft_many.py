@@ -176,6 +176,16 @@ def test_an_old_folder_that_is_not_whole_is_refused_by_name(paths: Any, expected
 
 
 @pytest.mark.long
+def test_the_same_processes_train_again(processes: Group, paths: Any, expected: Any, tmp_path: Path) -> None:
+    """On copies of shards, whose groups DTensor remembers by the mesh."""
+    values = paths | batch(1, 2) | SSP2 | {"fsdp_size": 2}
+    for name in ("first", "second"):
+        again = values | {"output_dir": tmp_path / name}
+        assert set(processes(4).run(cases.train, 4, again, seconds=PATIENCE)) == {""}
+        hold(cases.outcome(tmp_path / name), expected)
+
+
+@pytest.mark.long
 def test_a_run_goes_on_on_other_numbers_of_processes(
     processes: Group, paths: Any, expected: Any, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
 """Many devices: the only room that knows of more than one process.
 
-Nothing here is state of a module: a ``Mesh`` is built once and passed on, and ``apply`` puts what it implies on a
-finished model from outside.
+Nothing here is state of a module, but for the meshes that DTensor remembers (``fsdp.copies_mesh``): a ``Mesh`` is built
+once and passed on, and ``apply`` puts what it implies on a finished model from outside.
 """

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -91,10 +92,23 @@ def fit_copies(world: int, fsdp: int, ddp: int | None = None) -> Copies:
 
 
 def copies_mesh(copies: Copies, device_type: str) -> DeviceMesh:
-    """The processes of this run by the weights they share; every one of them calls it, once for all models."""
-    if copies.ddp == 1:
-        return init_device_mesh(device_type, (copies.fsdp,), mesh_dim_names=("fsdp",))
-    return init_device_mesh(device_type, copies, mesh_dim_names=Copies._fields)
+    """The processes of this run by the weights they share; every one of them calls it.
+
+    Asked again it gives the same object: DTensor remembers what it did by meshes that are equal, and would go on with
+    the process groups of the first of two.
+    """
+    made = _MESHES.get(dist.group.WORLD, {}) if dist.is_initialized() else {}
+    if (copies, device_type) not in made:
+        flat = copies.ddp == 1
+        shape, names = ((copies.fsdp,), ("fsdp",)) if flat else (copies, Copies._fields)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        made = _MESHES.setdefault(dist.group.WORLD, {})  # which there is by now
+        made[copies, device_type] = mesh
+    return made[copies, device_type]
+
+
+_MESHES: WeakKeyDictionary[Any, dict[tuple[Copies, str], DeviceMesh]] = WeakKeyDictionary()
+"""By the group of all processes, which is another one when processes have parted and met again."""
 
 
 def shard_transformer(model: Any, mesh: DeviceMesh, sharding: Sharding, sequences: int) -> None:
