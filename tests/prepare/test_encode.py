@@ -23,7 +23,7 @@ from ospnext.data.records import ClipRecord
 from ospnext.data.sampler import Draw
 from ospnext.data.store import ClipStore, write_store
 from ospnext.data.transforms import to_pixel_values
-from ospnext.media import write_video
+from ospnext.media import read_video, write_video
 from ospnext.models.text import encode_prompts
 from ospnext.models.video_vae import encode_video
 from ospnext.parallel.state import read
@@ -281,6 +281,23 @@ def test_training_runs_on_encoded_clips_and_refuses_others(
         assert said in error
         assert error.count("\n") == 1
         assert not (tmp_path / "other").exists()
+
+
+def test_training_on_encoded_clips_makes_videos_with_networks_it_does_without(
+    encoded: Path, paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    some = {"validation_config.interval": 3, "validation_config.prompts": "A red star."}
+    some |= {"validation_config.num_inference_steps": 2}
+    assert train(tmp_path / "run", "latents", encoded, paths | some) == 0
+    assert train(tmp_path / "plain", "latents", encoded, paths) == 0
+    one, other = (read(tmp_path / name / "iter_000000003", "") for name in ("run", "plain"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    video = read_video(tmp_path / "run/validation/step_000000003/video_0.mp4")
+    assert video.frames.shape == (9, 48, 32, 3)  # the largest of the buckets
+    vae_only = {key: value for key, value in paths.items() if "vae" in key}
+    capsys.readouterr()
+    assert train(tmp_path / "other", "latents", encoded, vae_only | some) == 2
+    assert "name vae_config.vae_path, text_encoder_config.checkpoint_path" in capsys.readouterr().err
 
 
 def test_training_runs_on_videos_and_resumes_exactly(store: Path, paths: dict[str, str], tmp_path: Path) -> None:
