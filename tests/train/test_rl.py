@@ -19,11 +19,14 @@ from saved_states import read_state
 
 from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.cli import main
+from ospnext.config import load_config
+from ospnext.config_keys import key_rules
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import newest
 from ospnext.train.held_out import suspicions
 from ospnext.train.rl import advantages_of
 from ospnext.train.rl_parts import settle
+from ospnext.train.rl_settings import RLConfig
 from ospnext.train.rollout import Roller, Worth
 
 SEED = Path(__file__).parents[1] / "data/seed_rl.yaml"
@@ -84,7 +87,8 @@ def test_a_checkpoint_folder_is_peft_s_and_holds_what_osp_next_s_does(folder, tm
     assert json.loads((place / "rl_training_state.json").read_text()) == {"global_step": 4, "next_epoch": 2}
     clipper = torch.load(place / "adaptive_grad_clipper.pt", weights_only=True)
     assert clipper["moving_avg_max_grad_norm"] > 0
-    assert yaml.safe_load((place / "config.yaml").read_text())["lora_config"]["rank"] == 4
+    again = load_config(RLConfig, place / "config.yaml", [], key_rules("rl"))
+    assert again == config_of(folder, tmp_path, num_epochs=2).alone()
     base = load_file(folder / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert not set(base) & set(tensors)
 

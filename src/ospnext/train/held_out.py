@@ -68,9 +68,9 @@ class HeldOut:
         began = time.perf_counter()
         place = self.folder / "eval" / f"epoch_{epoch:06d}"
         place.mkdir(parents=True, exist_ok=True)
-        count, size = len(self.prompts), self.config.sample_batch_size
+        count, size, keep = len(self.prompts), self.config.sample_batch_size, self.config.eval_keep
         mine: dict[int, dict[str, float]] = {}
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, np.ndarray] = {}
         pending = []
         for start in range(0, count, size * self.ranks):
             own = list(range(start, min(start + size * self.ranks, count)))[self.rank :: self.ranks]
@@ -80,7 +80,7 @@ class HeldOut:
             some = self.videos.own(len(numbers)) if own else []
             if some:
                 pixels = self.videos.pixels(latents[some])
-                kept |= {numbers[k]: pixels[i] for i, k in enumerate(some) if numbers[k] < self.config.eval_keep}
+                kept |= {numbers[k]: to_frames(pixels[i]) for i, k in enumerate(some) if numbers[k] < keep}
                 scored = self.videos.score(pixels, [prompts[k] for k in some])
                 pending.append(([numbers[k] for k in some], scored))
         for numbers, future in pending:
@@ -97,10 +97,9 @@ class HeldOut:
             self._write(place, when, means, marks)
         return means
 
-    def _keep(self, kept: Mapping[int, Tensor], place: Path) -> None:
+    def _keep(self, kept: Mapping[int, np.ndarray], place: Path) -> None:
         """Write videos, or where there is no PyAV their frames."""
-        for number, pixels in sorted(kept.items()):
-            frames = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        for number, frames in sorted(kept.items()):
             if find_spec("av"):
                 write_video(place / f"video_{number}.mp4", frames, self.config.save_fps)
             else:
@@ -124,6 +123,11 @@ class HeldOut:
         paths = [self.folder / "eval" / f"epoch_{e:06d}" / f"video_{n}.mp4" for n in rows for e in shown]
         if all(path.exists() for path in paths):
             video_grid(paths, self.folder / "eval" / "over_time.mp4", self.config.save_fps, columns=len(shown))
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """A video [F, C, H, W] in 0..1 as uint8 [F, H, W, C], in host memory."""
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GRPOConfig) -> list[str]:
