@@ -21,6 +21,7 @@ from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.config_keys import key_rules
+from ospnext.media import read_video
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import newest
 from ospnext.train.held_out import suspicions
@@ -91,6 +92,22 @@ def test_a_checkpoint_folder_is_peft_s_and_holds_what_osp_next_s_does(folder, tm
     assert again == config_of(folder, tmp_path, num_epochs=2).alone()
     base = load_file(folder / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert not set(base) & set(tensors)
+
+
+def test_what_was_evaluated_is_what_generate_makes(folder, tmp_path):
+    """The averaged adapter's folder, the same seeds, the model's own shift: the videos of the last evaluation."""
+    assert train(folder, tmp_path / "run", num_epochs=2, optimizer_config__lr=0.1) == 0
+    words = [f"model={folder / 'pipeline'}", f"lora_path={tmp_path / 'run/lora-checkpoint-4-ema'}", "seed=42"]
+    words += [f"prompts={folder / 'held_out.txt'}", f"output_dir={tmp_path / 'out'}", "device=cpu"]
+    assert main(["generate", *words]) == 0
+    for number in (0, 1):
+        made = read_video(tmp_path / f"out/video_{number}.mp4").frames.astype(int)
+        last, first = (
+            read_video(tmp_path / f"run/eval/epoch_{epoch:06d}/video_{number}.mp4").frames.astype(int)
+            for epoch in (2, 0)
+        )
+        assert abs(made - last).max() <= 2
+        assert abs(made - first).max() > 2
 
 
 def equal_states(one: Path, other: Path) -> None:
