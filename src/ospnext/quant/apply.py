@@ -200,17 +200,3 @@ def _observed(model: nn.Module, found: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_gradients(model: nn.Module) -> None:
-    """After a backward pass: stop where a quantised linear's gradient is NaN or infinite.
-
-    Raises:
-        NonFiniteError: names the layer nearest the output, where it began.
-    """
-    for name, module in reversed(list(quantised(model))):
-        if isinstance(module, HiF8Linear):
-            for parameter in (module.weight, module.bias):
-                gradient = None if parameter is None else parameter.grad
-                if gradient is not None and not gradient.isfinite().all():
-                    raise NonFiniteError(f"{name}: its gradient holds NaN or infinity")
