@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -108,6 +109,15 @@ def test_what_was_evaluated_is_what_generate_makes(folder, tmp_path):
         )
         assert abs(made - last).max() <= 2
         assert abs(made - first).max() > 2
+
+
+def test_without_pyav_frames_are_kept_and_it_is_said(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    assert train(folder, tmp_path, num_epochs=1) == 0
+    assert "PyAV is not installed: evaluations keep frames as .npy" in capsys.readouterr().out
+    frames = np.load(tmp_path / "eval/epoch_000001/video_1.npy")
+    assert (frames.shape, frames.dtype) == ((5, 32, 48, 3), np.uint8)
+    assert not list(tmp_path.glob("eval/**/*.mp4"))
 
 
 def equal_states(one: Path, other: Path) -> None:

@@ -5,6 +5,7 @@ order of ``assemble``. All processes call them together.
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,8 @@ def settle(config: RLConfig, launch: Launch) -> Job:
     size = {"height": sampling.height, "width": sampling.width, "num_frames": sampling.num_frames}
     if c.sde_steps is not None and c.sde_steps > c.random_steps:
         notices.append(f"sde_steps is {c.sde_steps}: {c.random_steps} are random, for the last step has no noise")
+    if c.eval_prompt_file is not None and c.eval_keep and not find_spec("av"):
+        notices.append("PyAV is not installed: evaluations keep frames as .npy, and there is no grid over time")
     negative = plan.places.settings.get("negative_prompt", WAN_NEGATIVE_PROMPT)
     adapter = asked_for(config.lora_config, config.seed)
     with torch.device("meta"):
