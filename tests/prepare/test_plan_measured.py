@@ -94,6 +94,7 @@ class Ours(NamedTuple):
     gb: float
 
 
+HIF8 = ["model_config.quant=hif8", "model_config.quant_attn=hif8"]
 OURS = [
     Ours("osp_14b", (720, 1280), True, 6178, 34.83),
     Ours("osp_14b", (768, 1344), True, 7450, 35.60),
@@ -116,3 +117,33 @@ def test_a_step_of_ours_takes_the_time_and_memory_that_were_measured(fact: Ours)
     print(f"{fact}: predicted {ms:.0f} ms, {ms / fact.ms - 1:+.1%}; {gb:.2f} GB, {gb / fact.gb - 1:+.1%}")
     assert abs(ms / fact.ms - 1) < 0.2
     assert abs(gb / fact.gb - 1) < 0.1
+
+
+@pytest.mark.parametrize(("words", "ms"), [([], 6168.6), (HIF8, 3960.9)], ids=["bf16", "hif8"])
+def test_hif8_takes_the_time_that_was_measured(words: list[str], ms: float) -> None:
+    """720P, both in one run (docs/data/h100_hif8_step.jsonl); the rates of HiF8 are of 10 of its layers."""
+    device, size = find_device("h100"), ["height=720", "width=1280", "num_frames=81", "guidance_mode=sequential"]
+    recipe = make_recipe(read_config("configs/generate/osp_14b.yaml", [*size, *words], "generate"), device)
+    predicted = 1e3 * step_seconds(recipe, Mesh(1, 1, 1, 1, 1, 1), device).total / 2
+    print(f"predicted {predicted:.0f} ms, {predicted / ms - 1:+.1%}")
+    assert abs(predicted / ms - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words", "ms"),
+    [
+        ((2, 1), [], 408.3),
+        ((1, 2), [], 433.5),
+        ((2, 1), HIF8, 256.8),
+        ((1, 2), HIF8, 279.5),
+    ],
+    ids=str,
+)
+def test_two_devices_take_the_time_that_was_measured(mesh: tuple[int, int], words: list[str], ms: float) -> None:
+    """5 layers at 720P on two H100 (docs/data/h100_scaling.jsonl)."""
+    device = find_device("h100")
+    size = ["height=720", "width=1280", "num_frames=81", "guidance_mode=sequential"]
+    recipe = make_recipe(read_config("configs/generate/osp_14b.yaml", [*size, *words], "generate"), device)
+    predicted = 1e3 * step_seconds(recipe, Mesh(1, 2, 1, 1, *mesh), device).total / 2 * 5 / 40
+    print(f"{mesh}: predicted {predicted:.0f} ms, {predicted / ms - 1:+.1%}")
+    assert abs(predicted / ms - 1) < 0.2

@@ -27,6 +27,9 @@ _PEAKS = {
     "convolution_bf16": "peak_bf16",
     "convolution_fp32": "peak_bf16",  # TF32, which convolutions use by default
     "link_inside": "peak_link_inside",
+    "linear_fp8": "peak_fp8",
+    "attention_fp8": "peak_fp8",
+    "bandwidth_fp8": "peak_bandwidth",
 }
 _ASSUMED_SHARES = {
     "linear_fp32": ("peak_fp32", 0.7),
@@ -67,8 +70,15 @@ class Device:
         """Bytes that tensors may take."""
         return int((self["memory_gib"] - RESERVED_GIB) * 2**30)
 
-    def linear(self, dtype: torch.dtype) -> float:
-        """FLOP/s of products in a dtype."""
+    @property
+    def eight_bits(self) -> bool:
+        """Whether HiF8 has rates here: linears and attention on FP8 tensor cores."""
+        return "peak_fp8" in self.rates
+
+    def linear(self, dtype: torch.dtype, eight_bits: bool = False) -> float:
+        """FLOP/s of products in a dtype, or in HiF8."""
+        if eight_bits:
+            return 1e12 * self["linear_fp8"]
         return 1e12 * self["linear_fp32" if dtype is torch.float32 else "linear_bf16"]
 
     def kernel(self, asked: str) -> str:
@@ -77,8 +87,10 @@ class Device:
             return "flash2"
         return "cudnn" if asked != "auto" or self.name in _CUDNN else "flash2"
 
-    def attention(self, asked: str, dtype: torch.dtype) -> float:
+    def attention(self, asked: str, dtype: torch.dtype, eight_bits: bool = False) -> float:
         """FLOP/s of attention, forward."""
+        if eight_bits:
+            return 1e12 * self["attention_fp8"]
         return 1e12 * self["attention_fp32" if dtype is torch.float32 else f"attention_{self.kernel(asked)}"]
 
     def convolution(self, dtype: torch.dtype) -> float:
@@ -90,8 +102,10 @@ class Device:
         """Whether sampling has kernels of its own for what stands between products and attention."""
         return self.name not in _WITHOUT_KERNELS
 
-    def bandwidth(self, code: Code) -> float:
-        """Bytes a second that operations other than products and attention read and write."""
+    def bandwidth(self, code: Code, eight_bits: bool = False) -> float:
+        """Bytes a second that operations other than products and attention read and write, counted as in bf16."""
+        if eight_bits and code == "kernels":
+            return 1e9 * self["bandwidth_fp8"]
         return 1e9 * self[{"eager": "bandwidth_eager", "compiled": "bandwidth_fused"}.get(code, "bandwidth_kernels")]
 
     def link(self, processes: int) -> float:
@@ -123,7 +137,7 @@ def _complete(rates: Mapping[str, Rate], reference: Mapping[str, Rate]) -> dict[
     """All rates of a device: those that are not given from the peaks."""
     found = dict(rates)
     for name, peak in _PEAKS.items():
-        if name not in found:
+        if name not in found and peak in rates:
             share = reference[name].value / reference[peak].value
             source = f"{share:.0%} of {rates[peak].value:g}, the share measured on {REFERENCE.upper()}"
             found[name] = Rate(rates[peak].value * share, "estimated", source)

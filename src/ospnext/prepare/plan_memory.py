@@ -6,10 +6,12 @@ what stands outside blocks stays whole. Autoencoder and text encoder are whole e
 
 import math
 from collections import Counter
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ospnext.generate.sources import DECODING
 from ospnext.models.video_vae import DecodeMode, decode_bytes
@@ -18,6 +20,7 @@ from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
 from ospnext.prepare.plan_trace import Held, Shared, trace_block, trace_head
 from ospnext.prepare.plan_work import count, nbytes, sharded
+from ospnext.quant.config import LINEARS
 
 _GATHERED_BLOCKS = 2  # the one that runs and the one fetched meanwhile
 _FLOAT32 = 4
@@ -70,6 +73,8 @@ def decode_peak(recipe: Recipe, mode: DecodeMode, team: int) -> int:
 def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
     settings = recipe.settings
     own = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
+    if recipe.hif8_linears and mesh.fsdp == 1:  # shards are held as they are
+        own -= quantised_numbers(recipe.transformer) * (recipe.dtype.itemsize - 1)
     text = nbytes(recipe.text_encoder) // mesh.fsdp
     resting = {"transformer": own, "autoencoder": nbytes(recipe.vae)}
     if not recipe.offload_text:
@@ -165,6 +170,12 @@ def _own_tokens(recipe: Recipe, mesh: Mesh) -> int:
 def _entry(recipe: Recipe, mesh: Mesh) -> int:
     """Hidden states between two blocks."""
     return rows(recipe, mesh) * _own_tokens(recipe, mesh) * recipe.settings["dim"] * recipe.dtype.itemsize
+
+
+def quantised_numbers(transformer: nn.Module) -> int:
+    """Numbers in the weights of the linears that HiF8 means."""
+    linears = (m for name, m in transformer.named_modules() if any(fnmatchcase(name, p) for p in LINEARS))
+    return sum(linear.weight.numel() for linear in linears if isinstance(linear, nn.Linear))
 
 
 def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid
 from ospnext.prepare.plan_devices import Code, Device
+from ospnext.quant.settings import quant_keys, read_keys
 from ospnext.sections import RunConfig
 from ospnext.train.settings import TrainConfig
 
@@ -71,6 +72,7 @@ class Recipe:
         checkpointing: share of the blocks that training recomputes.
         accumulation: of training.
         adapter: what is trained in place of the transformer, on the meta device; None where that is trained.
+        hif8_linears, hif8_attention: sampled in HiF8 on FP8 tensor cores.
         teacher: whether a frozen teacher, taken to be of the same size, stands beside what is trained.
         assumed: what nobody said and was taken for granted.
     """
@@ -96,6 +98,8 @@ class Recipe:
     checkpointing: float
     accumulation: int
     adapter: nn.Module | None
+    hif8_linears: bool
+    hif8_attention: bool
     teacher: bool
     assumed: tuple[str, ...]
 
@@ -151,6 +155,7 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         clip = train.data_config.dataset_config
         size = (clip.sample_num_frames, clip.sample_height, clip.sample_width)
         batch, guided, steps = train.data_config.batch_size, False, train.training_iteration
+    hif8 = _hif8(config, home, device, assumed)
     step = _size_step(vae, transformer)
     if generate is not None:
         size = fit_size(VideoSize(*size), step)
@@ -178,6 +183,8 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         checkpointing=train.checkpointed if train else 0.0,
         accumulation=train.gradient_accumulation_steps if train else 1,
         adapter=_adapter(train, transformer) if train else None,
+        hif8_linears=hif8[0],
+        hif8_attention=hif8[1],
         teacher=train is not None and train.distillation_config.weight > 0,
         assumed=tuple(assumed),
     )
@@ -192,6 +199,21 @@ def _adapter(config: TrainConfig, transformer: OSPNextTransformer3DModel) -> nn.
     with torch.device("meta"):
         pairs = (((s.rank, shapes[name][1]), (shapes[name][0], s.rank)) for name, s in sizes.items())
         return nn.ParameterList(nn.Parameter(torch.empty(shape)) for pair in pairs for shape in pair)
+
+
+def _hif8(config: RunConfig, home: Path | None, device: Device, assumed: list[str]) -> tuple[bool, bool]:
+    """Whether linears and attention are sampled in HiF8; in training they are counted as in plain numbers."""
+    keys = quant_keys(config.transformer_config)
+    if home is not None and not (place := find_transformer(home)).is_file():
+        keys = read_keys(read_json(place / "config.json"), place) | keys
+    asked = keys.get("quant") == "hif8", keys.get("quant_attn") == "hif8"
+    if not any(asked):
+        return False, False
+    if not isinstance(config, GenerateConfig) or not device.eight_bits or keys.get("quant_execution") == "emulation":
+        why = "in training" if isinstance(config, TrainConfig) else f"on {device.name}, or emulated,"
+        assumed.append(f"HiF8: {why} there are no rates for it; counted in {config.weight_dtype}")
+        return False, False
+    return asked
 
 
 def _code(config: RunConfig, device: Device) -> Code:

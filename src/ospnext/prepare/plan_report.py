@@ -142,12 +142,14 @@ def _print_head(console: Console, plan: Plan, shown: Option) -> None:
     frames, height, width = recipe.size
     layouts = recipe.transformer.layouts
     dense = sum(layout is Layout.FULL for layout in layouts)
+    named = {"linears": recipe.hif8_linears, "attention": recipe.hif8_attention}
+    eight_bits = ", HiF8 " + " and ".join(name for name, on in named.items() if on) if any(named.values()) else ""
     lines = {
         "plan": f"{recipe.kind}, {frames} frames of {width} x {height}: {recipe.grid.tokens:,} tokens, batch "
         f"{recipe.batch}{', guided' if recipe.guided else ''}",
         "model": f"{count(recipe.transformer) / 1e9:.2f} billion parameters, {dense} dense "
         f"and {len(layouts) - dense} sparse blocks, {str(recipe.dtype).removeprefix('torch.')}, "
-        f"{_CODES[recipe.code]}",
+        f"{_CODES[recipe.code]}{eight_bits}",
         "devices": f"{plan.world} x {plan.device.title}",
         "mesh": f"weights: fsdp {mesh.fsdp} x ddp {mesh.ddp}; work: dp {mesh.dp} x cfg {mesh.cfg} x ssp {mesh.ssp} x "
         f"ulysses {mesh.ulysses}",

@@ -128,14 +128,18 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     training, times = recipe.kind == "train", passes(recipe, mesh)
     flops, sent = step_flops(recipe, mesh), step_sent(recipe, mesh)
     again = recipe.checkpointing
-    linears = sum(part.linear for part in flops.values()) / device.linear(recipe.dtype)
+    outside = flops["embeddings and head"].linear
+    linears = outside / device.linear(recipe.dtype)
+    linears += (sum(part.linear for part in flops.values()) - outside) / device.linear(
+        recipe.dtype, recipe.hif8_linears
+    )
     slowed = sum(part.attention / (BACKWARD_SHARE if name == "backward" else 1) for name, part in flops.items())
-    attention = slowed / device.attention(recipe.kernel, recipe.dtype)
+    attention = slowed / device.attention(recipe.kernel, recipe.dtype, recipe.hif8_attention)
     moved = 0
     for held, number in held_by_blocks(recipe, mesh).items():
         moved += number * (int(held.forward_traffic * (1 + again)) + held.backward_traffic)
     reordered = 2 * _reordered(recipe, mesh) * (1 + training)
-    bandwidth = device.bandwidth(recipe.code)
+    bandwidth = device.bandwidth(recipe.code, recipe.hif8_linears)
     elementwise = times * (moved / bandwidth + reordered / device.bandwidth("eager"))
     exchanges = (sent.attends + sent.switches) / device.link(mesh.ssp * mesh.ulysses)
     busy = linears + attention + elementwise + exchanges
