@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ospnext.models.transformer import OSPNextTransformer3DModel
-from ospnext.ops import attention8
+from ospnext.ops import attention8, hif8
 from ospnext.ops.fp8 import E4M3
 from ospnext.quant import block as quant_block
 from ospnext.quant.apply import advance, quantize
 from ospnext.quant.config import QuantConfig, Scaling
-from ospnext.quant.linear import HiF8StoredLinear
+from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 tensor cores"
@@ -104,3 +104,16 @@ def test_emulation_is_left_alone() -> None:
     quant_block.prepare(model)
     assert {name: p.dtype for name, p in model.named_parameters()} == dtypes
     assert sample(model).isfinite().all()
+
+
+def test_saved_it_is_a_checkpoint_in_8_bits() -> None:
+    model, stored = made(), made()
+    names = [name for name, module in stored.named_modules() if isinstance(module, HiF8Linear)]
+    codes = {name: HiF8StoredLinear(stored.get_submodule(name), stored.get_submodule(name).quant) for name in names}
+    quant_block.prepare(model)
+    saved = model.state_dict()
+    for name, linear in codes.items():
+        numbers, want = (hif8.decode(codes) for codes in (saved[f"{name}.weight"], linear.weight))
+        assert saved[f"{name}.weight"].dtype is torch.uint8
+        assert saved[f"{name}.weight_scale"].equal(linear.weight_scale)
+        torch.testing.assert_close(numbers, want, rtol=0, atol=2.0**-14)

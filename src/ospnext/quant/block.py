@@ -18,7 +18,7 @@ from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear, product
 
 
 def prepare(model: Any, device: torch.device | None = None) -> None:
-    """Make a quantised model ready to sample fast, in place; it can no longer be trained or saved then.
+    """Make a quantised model ready to sample fast, in place; its weights can no longer be trained then.
 
     Args:
         model: on any device.

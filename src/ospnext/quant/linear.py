@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ospnext.ops import hif8
-from ospnext.ops.fp8 import codes_to_e4m3
+from ospnext.ops.fp8 import E4M3, codes_to_e4m3, headroom
 from ospnext.quant.config import QuantConfig, ReduceAmax
 from ospnext.quant.execution import Held, amax, hold, hold_codes, matmul
 
@@ -77,7 +77,7 @@ class HiF8StoredLinear(HiF8Linear):
     """The same for sampling and for adapters, with a weight of eight bits in memory, which is not trained itself.
 
     Its ``weight`` holds uint8 codes and its buffer ``weight_scale`` one float32: ``decode(weight) * weight_scale``.
-    ``unpack`` makes E4M3 of the codes, once for all products; such a layer is not saved any more.
+    ``unpack`` makes E4M3 of the codes, once for all products; saving makes codes of it again.
 
     Args:
         linear: gives sizes, bias and, unless it is on meta, the weight.
@@ -95,6 +95,12 @@ class HiF8StoredLinear(HiF8Linear):
         if self.weight.dtype is torch.uint8:
             values = codes_to_e4m3(self.weight, self.quant.scale_max_forward)
             self.weight = nn.Parameter(values, requires_grad=False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.dtype is E4M3:
+            numbers = self.weight.float() / headroom(self.quant.scale_max_forward)
+            destination[f"{prefix}weight"] = hif8.encode(numbers)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves as usual; a cast leaves the scale float32."""
