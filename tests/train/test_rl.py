@@ -276,7 +276,7 @@ def test_sigterm_in_an_epoch_leaves_the_state_before_it(folder, tmp_path):
     while running.poll() is None and newest(tmp_path) is None:
         time.sleep(0.05)
     os.kill(running.pid, signal.SIGTERM)
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=300)
     assert running.returncode == 0, said
     assert "start again to go on" in said
     last = newest(tmp_path)
@@ -297,23 +297,28 @@ def test_one_schedule_shift_is_reported_where_it_differs_from_the_models(folder,
     assert any("sde_steps is 4: 3 are random" in line for line in job.notices)
 
 
+def also(settings: dict[str, object]) -> object:
+    """A way that is tried among the long tests."""
+    return pytest.param(settings, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rl_config__sample_time_per_prompt": 2},
+        also({"rl_config__sample_time_per_prompt": 2}),
         {"rl_config__best_of_n": 2, "rl_config__train_batch_size": 2},
         {"rl_config__kl_beta": 0.1, "rl_config__kl_convention": "no_dt"},
-        {"rl_config__kl_reward": 0.5},
+        also({"rl_config__kl_reward": 0.5}),
         {"rl_config__use_cfg_in_train": False},
         {"rl_config__cfg_gradient": "detached"},
-        {"rl_config__guidance_scale": 1.0},
-        {"rl_config__guidance_mode": "sequential", "gradient_checkpointing": True},
+        also({"rl_config__guidance_scale": 1.0}),
+        also({"rl_config__guidance_mode": "sequential", "gradient_checkpointing": True}),
         {"rl_config__num_inner_epochs": 2, "rl_config__timestep_fraction": 0.5},
         {"rl_config__noise": "cps", "rl_config__flash": 0.5, "rl_config__sde_steps": 1, "rl_config__same_noise": True},
-        {"rl_config__noise": "dance", "rl_config__per_prompt_stat_tracking": False},
+        also({"rl_config__noise": "dance", "rl_config__per_prompt_stat_tracking": False}),
         {"rl_config__noise": "flow", "rl_config__global_std": True, "rl_config__reward_mixing": "advantages"},
-        {"model_config__quant": "hif8"},
-        {"weight_dtype": "bf16", "rl_config__exact_rollouts": True, "rl_config__train_batch_size": 2},
+        also({"model_config__quant": "hif8"}),
+        also({"weight_dtype": "bf16", "rl_config__exact_rollouts": True, "rl_config__train_batch_size": 2}),
         {"encoder_cpu_offload": True, "rl_config__train_batch_size": 3, "reward_config__separate": "[brightness]"},
     ],
     ids=lambda settings: ", ".join(key.rpartition("__")[2] for key in settings),
