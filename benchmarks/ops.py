@@ -23,8 +23,11 @@ from padded import PaddedPlan, masked_attention, padded_grid
 from torch import nn
 
 from ospnext.device import resolve_device, resolve_dtype
+from ospnext.ops import attention8, fp8, fused8
 from ospnext.ops.attention import attend, describe_kernel
+from ospnext.ops.fp8 import Held
 from ospnext.ops.fused import add, add_norm, embed_patches, linear_gelu, norm, norm_rope, rms_norm
+from ospnext.ops.fused8 import Target
 from ospnext.ops.layout import Grid, Layout, Switch
 from ospnext.ops.rope import rope_table
 
@@ -183,6 +186,65 @@ def feed_forward(s: Shapes) -> Iterator[Op]:
         yield Op("linear with GELU in its epilogue", fused, (x, weight, bias), reference, flops=product.flops)
 
 
+def quantisers(s: Shapes) -> Iterator[Op]:
+    """What makes the inputs of 8-bit products, with a known scale in one pass or a found one in two; FP8 attention."""
+    n, dim, ffn = s.grid.tokens, s.network.dim, s.network.ffn_dim
+    x, y, wide = s.random(1, n, dim), s.random(1, n, dim), s.random(1, n, ffn)
+    scale, shift, gate = (torch.randn(1, 1, dim, device=s.device) for _ in range(3))
+    weight, rope = 1 + 0.1 * s.random(dim), rope_table(s.grid, dim // s.network.num_heads, s.device)
+    largest = torch.full((1,), 32.0, device=s.device)
+    factor = 15 / 32 * 16  # what E4M3 holds of a number then
+    known = Target(15.0, largest)
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return factor * (F.layer_norm(x.double(), (dim,), eps=EPS) * scale.double() + shift.double())
+
+    def residual(r: torch.Tensor) -> torch.Tensor:
+        return (x[:, r].double() + y[:, r].double() * gate.double()).to(x.dtype)
+
+    def rotated(r: torch.Tensor) -> torch.Tensor:
+        return factor * norm_rope(x[:, r].double(), weight.double(), rope[r].double(), EPS).flatten(2)
+
+    def found(run: Callable[..., Held], *arguments: torch.Tensor) -> torch.Tensor:
+        held = run(*arguments, Target(15.0))
+        return held.values.float() * (held.inverse * factor)
+
+    half, once = _bytes(x) // x.element_size(), _bytes(x)
+    each: list[tuple[str, Callable[..., Held], tuple[torch.Tensor, ...], Callable[..., torch.Tensor], int]] = [
+        (
+            "norm + modulation",
+            lambda *t: fused8.norm(*t[:3], EPS, t[3]),
+            (x, scale, shift),
+            lambda r: normed(x[:, r]),
+            1,
+        ),
+        (
+            "gate + residual + norm + modulation",
+            lambda *t: fused8.add_norm(*t[:5], EPS, t[5])[1],
+            (x, y, gate, scale, shift),
+            lambda r: normed(residual(r)),
+            3,
+        ),
+        ("qk-norm + RoPE, q alone", lambda *t: fused8.norm_rope(*t[:3], EPS, t[3]), (x, weight, rope), rotated, 1),
+        ("rounding alone", lambda *t: fused8.hold(*t), (x,), lambda r: factor * x[:, r].double(), 1),
+        (
+            "GELU",
+            lambda *t: fused8.gelu(*t),
+            (wide,),
+            lambda r: factor * F.gelu(wide[:, r].double(), approximate="tanh"),
+            0,
+        ),
+    ]
+    for name, run, arguments, reference, tensors in each:
+        moved = tensors * once + half if tensors else _bytes(wide) + _bytes(wide) // wide.element_size()
+
+        def at_once(*t: torch.Tensor, run: Callable[..., Held] = run) -> torch.Tensor:
+            return run(*t, known).values
+
+        yield Op(f"HiF8: {name}, scale known", at_once, arguments, reference, moved)
+        yield Op(f"HiF8: {name}, scale found and undone", partial(found, run), arguments, reference, moved)
+
+
 def attentions(s: Shapes) -> Iterator[Op]:
     """Dense, in segments, and in padded segments under a mask; all counted with the FLOPs of real tokens."""
     heads, head_dim = s.network.num_heads, s.network.dim // s.network.num_heads
@@ -220,6 +282,41 @@ def attentions(s: Shapes) -> Iterator[Op]:
         lambda r: exact_attention(*tensors, r, segments, mask.flatten()),
         flops=flops(Layout.TOKEN),
     )
+
+
+def attentions_in_eight_bits(s: Shapes) -> Iterator[Op]:
+    """FP8 attention, dense and in segments; with all keys, and with as many as its kernel likes."""
+    heads, head_dim, n = s.network.num_heads, s.network.dim // s.network.num_heads, s.grid.tokens
+    if attention8.why_not(s.device, head_dim):
+        return
+
+    def held(tokens: int) -> Held:
+        x = s.random(1, tokens, heads, head_dim)
+        return fp8.hold(x, fp8.amax(x, 1), 15.0)
+
+    plan = Switch().plan(s.grid, (Layout.TOKEN,), s.network.sparse_ratio, s.device)
+    even = n - n % 256
+    for name, keys, segments in (
+        ("dense", n, (n,)),
+        (f"dense, {even} keys", even, None),
+        ("segments", n, plan.segments(Layout.TOKEN)),
+    ):
+        q, k, v = held(n), held(keys), held(keys)
+
+        def run(
+            a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, segments: Any = segments, q=q, k=k, v=v
+        ) -> torch.Tensor:
+            return attention8.attend(q, k, v, segments, s.dtype).whole().unflatten(-1, (heads, head_dim))
+
+        arguments = (q.float(), k.float(), v.float())
+        pairs = sum(length**2 for length in segments) if segments else n * keys
+        yield Op(
+            f"attention, HiF8: {name}",
+            run,
+            arguments,
+            lambda r, arguments=arguments, segments=segments: exact_attention(*arguments, r, segments or (n,)),
+            flops=4 * pairs * heads * head_dim,
+        )
 
 
 def exact_attention(
@@ -303,9 +400,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             measure.free_all(device)
             rates = measure_rates(s)
             facts |= {"copy_gb_per_s": rates.copy / 1e6, "product_tflops": rates.product / 1e9}
-            for group in (patches, switches, pointwise, feed_forward, attentions):
+            for group in (patches, switches, pointwise, quantisers, feed_forward, attentions, attentions_in_eight_bits):
                 for op in group(s):
-                    for variant in ("eager", "compiled") if arguments.compile else ("eager",):
+                    compiled = arguments.compile and "HiF8" not in op.name
+                    for variant in ("eager", "compiled") if compiled else ("eager",):
                         about = {"benchmark": "ops", "op": op.name, "variant": variant, "model": model, "size": size}
                         try:
                             result = bench(op, variant, s, rates)

@@ -94,9 +94,10 @@ def test_operations_agree_with_float64(
     monkeypatch.setattr(sys, "argv", ["ops.py", *TINY])
     lines = ops.run(ops.parse_arguments())
     assert lines == records(capsys.readouterr().out)
-    assert len(lines) == 14
+    assert len(lines) == 24
     for line in lines:
-        assert line["relative_error"] < 1e-6, line["op"]
+        # Three bits of mantissa: an error of a thirty-second at most, of its root mean square 2.7%.
+        assert line["relative_error"] < (0.03 if "HiF8" in line["op"] else 1e-6), line["op"]
         assert bool(line["bytes"]) != bool(line["flops"])
         assert line["share"] == pytest.approx(line["ceiling_ms"] / line["ms"], rel=1e-3)
 
