@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import groups_forgotten
 from sequence_cases import Setting, compare, float64_throughout, mesh_of
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
@@ -130,9 +132,12 @@ def trained(case: Case) -> dict[str, torch.Tensor]:
 def check_cases(rank: int, cases: list[Case], references: Path, tolerance: float = 1e-9) -> None:
     """Hold losses, norms and parameters of every case to those of one device."""
     expected = torch.load(references, weights_only=True)
-    for case in cases:
-        with case.run.exact:
-            compare(trained(case), expected[name_of(case.run)], str(case), tolerance)
+    for _, alike in groupby(cases, lambda case: case.sizes):
+        with groups_forgotten():
+            for case in alike:
+                with case.run.exact:
+                    compare(trained(case), expected[name_of(case.run)], str(case), tolerance)
+        mesh_of.cache_clear()
 
 
 def error_of_bfloat16(rank: int, case: Case, references: Path) -> float:
