@@ -3,7 +3,8 @@
 The functions of ``fused.py`` whose results are multiplied next, with results rounded to HiF8 and held as E4M3: one pass
 over memory on CUDA where the largest number is known or each token has its own, two where it has to be found first,
 the first of which writes nothing. The plain forms are the functions of ``fused.py`` followed by ``fp8.hold``; both
-forms round to x's dtype in between, so fusing changes no number.
+forms round to x's dtype in between, so fusing changes no number (GELU's kernel, with an exponential of its own, hardly
+one).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """A block that samples in HiF8 on FP8 tensor cores: numbers are rounded where they are made, not once more in between.
 
 ``prepare`` puts it on a quantised model from outside. It computes what the block's own ``forward`` computes, number for
-number, but for attention, which runs on FP8 tensor cores too where it can (``ops/attention8.py``).
+number, but for two things: attention runs on FP8 tensor cores too where it can (``ops/attention8.py``), and GELU's
+kernel has an exponential of its own.
 """
 
 from functools import partial
@@ -20,22 +21,27 @@ from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear, product
 def prepare(model: Any, device: torch.device | None = None) -> None:
     """Make a quantised model ready to sample fast, in place; its weights can no longer be trained then.
 
+    Weights become eight bits in memory, and blocks that are quantised whole fuse. Does nothing to a model that is not
+    quantised, that does not run on FP8 tensor cores, or whose weights are shared among processes.
+
     Args:
         model: on any device.
         device: where weights are rounded, one after the other; None: where they are.
-
-    Weights become eight bits in memory, and blocks that are quantised whole fuse. Does nothing to a model that is not
-    quantised, that does not run on FP8 tensor cores, or whose weights are shared among processes.
 
     Raises:
         ValueError: ``running`` scales have never seen a number.
     """
     for block in model.blocks:
-        for parent in [module for module in block.modules() if isinstance(module, nn.Module)]:
-            for name, child in list(parent.named_children()):
-                if isinstance(child, HiF8Linear) and _whole(child):
-                    parent._modules[name] = _ready(child, device)
-        block.forward = partial(forward, block, block.forward)
+        found = [
+            (parent, name, child)
+            for parent in block.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, HiF8Linear) and _whole(child)
+        ]
+        for parent, name, child in found:
+            parent._modules[name] = _ready(child, device)
+        if found:
+            block.forward = partial(forward, block, block.forward)
 
 
 def _whole(linear: HiF8Linear) -> bool:
