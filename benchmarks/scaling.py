@@ -387,7 +387,7 @@ def parse_arguments() -> argparse.Namespace:
         "--overlap",
         choices=("off", "on", "both"),
         default="off",
-        help="exchange tokens while blocks compute, as generate does",
+        help="exchange tokens while blocks compute, as overlap_exchanges does",
     )
     parser.add_argument(
         "--eight-bits",
