@@ -47,6 +47,15 @@ def test_it_cannot_get_stuck() -> None:
     assert steps < 500
 
 
+def test_steps_without_a_gradient_are_no_measure() -> None:
+    clipper = AdaptiveClipper(1.0)
+    assert clipper.step(0.0).scale == 1.0
+    assert clipper.step(0.2) == AdaptiveClipper(1.0).step(0.2)
+    before = clipper.state_dict()
+    clipper.step(0.0)
+    assert clipper.state_dict() == before
+
+
 def test_what_is_not_finite_is_left_out_and_counted() -> None:
     clipper = AdaptiveClipper(1.0)
     clipper.step(0.5)

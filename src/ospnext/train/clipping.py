@@ -30,7 +30,7 @@ class AdaptiveClipper:
 
     def __init__(self, max_grad_norm: float) -> None:
         self.max_grad_norm = max_grad_norm
-        self.mean: float | None = None  # no step yet
+        self.mean: float | None = None  # no step with a gradient yet
         self.variance = 0.0
         self.skipped = 0  # steps whose gradients were not finite
         self.in_a_row = 0  # of them, those since the last that was
@@ -42,18 +42,20 @@ class AdaptiveClipper:
             self.in_a_row += 1
             return Clipped(None, self.threshold)
         self.in_a_row = 0
-        if self.mean is None:
+        if norm == 0:  # nothing was to be learnt, as from equal rewards: no measure of what is to come
+            return Clipped(1.0, self.threshold)
+        if not self.mean:
             self.mean = min(self.max_grad_norm, FIRST * norm)
         threshold = self.threshold
         seen = min(norm, 2 * threshold)
         self.mean += (1 - DECAY) * (seen - self.mean)
         self.variance += (1 - DECAY) * ((seen - self.mean) ** 2 - self.variance)
-        return Clipped(min(1.0, threshold / norm) if norm > 0 else 1.0, threshold)
+        return Clipped(min(1.0, threshold / norm), threshold)
 
     @property
     def threshold(self) -> float:
         """Norm to which the next step's gradients are scaled down."""
-        mean = self.max_grad_norm if self.mean is None else self.mean
+        mean = self.mean or self.max_grad_norm
         return mean + DEVIATIONS * math.sqrt(self.variance)
 
     def state_dict(self) -> dict[str, Any]:
