@@ -32,7 +32,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=2000, help="held-out prompts of every grading")
     parser.add_argument("--sampling-steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=200, help="videos at once")
-    parser.add_argument("--decode-batch", type=int, default=32, help="videos decoded at once")
     parser.add_argument("--dense-steps", type=int, default=400, help="training steps of the dense model")
     parser.add_argument("--steps", default="0,25,50,100,200,400", help="steps after which the sparse model is graded")
     parser.add_argument("--weights", default="0.5,0", help="weights of the teacher; 0: without one")
@@ -142,31 +141,17 @@ class Grading:
 
     def ask(self, pipe: Any, path: Path) -> None:
         """Generate all videos and begin to grade them; their marks will be at ``path``."""
+        from ospnext.evaluate.shapes import generate_some
+
         began, gradings = time.monotonic(), []
         for i in range(0, len(self.asked.prompts), self.run.args.batch):
             some = slice(i, i + self.run.args.batch)
             seed = self.run.args.seed + i
-            videos = self.videos(pipe, self.asked.prompts[some], seed)
+            videos = generate_some(pipe, self.asked.prompts[some], seed, self.run.args.sampling_steps, None)
             gradings += self.graders.begin(videos, self.asked.scenes[some])
         self.waiting.append((path, gradings, time.monotonic() - began))
         while len(self.waiting) > 1:
             self.write()
-
-    def videos(self, pipe: Any, prompts: list[str], seed: int) -> list[Any]:
-        """Videos of prompts, the i-th from the noise of ``seed`` + i; many are decoded at once: they are small."""
-        import torch
-
-        from ospnext.models.video_vae import decode_whole, denormalise
-
-        noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        steps = self.run.args.sampling_steps
-        (latents,) = pipe(prompts, num_inference_steps=steps, generator=noise, output_type="latent", return_dict=False)
-        videos: list[Any] = []
-        with torch.no_grad():
-            for some in denormalise(pipe.vae, latents).to(self.vae_dtype).split(self.run.args.decode_batch):
-                frames = (decode_whole(pipe.vae, some).float().clamp(-1, 1) + 1) / 2
-                videos += list((frames * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy())
-        return videos
 
     def write(self) -> None:
         """Wait for the oldest grading and keep its marks."""

@@ -32,10 +32,11 @@ from ospnext.ops.attention import choose_kernel, describe_kernel
 from ospnext.ops.fused import describe_fused
 from ospnext.ops.layout import Layout
 from ospnext.ops.rope import rope_table
-from ospnext.quant.apply import advance, quantize
 from ospnext.quant.apply import describe as describe_eight_bits
+from ospnext.quant.apply import quantize
 from ospnext.quant.block import prepare
 from ospnext.quant.config import QuantConfig, Scaling, choose_execution
+from ospnext.quant.running import observed
 
 CASES = ("peer", "peer_sdpa", "full", "skiparse", "skiparse_compiled", "skiparse_masked")
 EIGHT_BITS = ("hif8_full", "hif8", "hif8_running")  # of dense blocks, of sparse ones, and with running scales
@@ -150,8 +151,8 @@ def into_eight_bits(model: OSPNextTransformer3DModel, setup: Setup, scaling: Sca
     """HiF8 linears and attention, ready to sample; running scales are those of one pass."""
     quantize(model, QuantConfig(scaling=scaling, execution=choose_execution("fp8", setup.device)))
     if scaling == "running":
-        model.train()(*inputs(setup))
-        advance(model)
+        with observed(model.eval()):
+            model(*inputs(setup))
     prepare(model.eval())
 
 

@@ -14,6 +14,7 @@ from ospnext.parallel.fsdp import Copies
 from ospnext.parallel.mesh import Sizes
 from ospnext.quant.apply import quantize
 from ospnext.quant.config import QuantConfig
+from ospnext.quant.running import advance, buffers, share
 
 
 def outliers(setting: Setting) -> tuple[torch.Tensor, ...]:
@@ -69,3 +70,28 @@ def errors_of_files(rank: int, sizes: Sizes, setting: Setting, path: Path) -> fl
     with torch.no_grad():
         ours, theirs = (model(*outliers(setting)).sample for model in (shared, load_transformer(path)))
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def running_numbers(rank: int, sizes: Sizes | None, setting: Setting, scales: list[float]) -> dict[str, torch.Tensor]:
+    """Running numbers after two training passes, and what the second one has seen.
+
+    Args:
+        rank: of this process.
+        sizes: None for one device.
+        setting: of model and inputs.
+        scales: what the latents of each group of processes are multiplied by.
+    """
+    model = setting.model().float()
+    quantize(model, QuantConfig(scaling="running"))
+    group = 0
+    if sizes is not None:
+        mesh = mesh_of(sizes)
+        parallelise(model, mesh, weights_of(Copies(1, sizes.world)), Options(checkpointing=True))
+        group = mesh.group
+    latents, *rest = outliers(setting)
+    for size in (1.0, 0.5):
+        model(latents * scales[group] * size, *rest).sample.square().sum().backward()
+    share(model)
+    found = {name: buffer.clone() for name, buffer in buffers(model).items()}
+    advance(model, 0.99)
+    return found | {f"later.{name}": buffer.clone() for name, buffer in buffers(model).items()}

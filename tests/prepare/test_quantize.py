@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ospnext.checkpoints.components import pipeline_folder
 from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import save_transformer
@@ -15,7 +16,8 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.prepare.convert import convert
 from ospnext.quant.apply import describe, matching, quantize
 from ospnext.quant.config import QuantConfig
-from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear
+from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
+from ospnext.quant.running import AMAX, advance, buffers, holders
 
 SIZES = {
     "dim": 96,
@@ -29,6 +31,7 @@ SIZES = {
 HIF8 = {"quant": "hif8", "quant_attn": "hif8"}
 FILE = "diffusion_pytorch_model.safetensors"
 LINEAR = "blocks.1.ffn.0"
+RUNNING = "model_config.quant_scaling=running"
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_what_was_trained_in_hif8_says_so_and_runs_either_way(plain: Path, tmp_p
     quantize(model, QuantConfig(keep=("blocks.0.*",), scaling="running"))
     model.train()
     model(torch.randn(1, 16, 2, 8, 12), torch.tensor([500.0]), torch.randn(1, 6, 24)).sample.sum().backward()
-    model.blocks[1].ffn[0].advance()
+    advance(model, 1.0)
     save_transformer(model.eval(), tmp_path / "running", to="osp")
     again = load_transformer(tmp_path / "running")
     assert again.blocks[1].ffn[0].get_buffer(AMAX).equal(model.blocks[1].ffn[0].get_buffer(AMAX))
@@ -196,7 +199,6 @@ def test_damage_is_refused_by_name(
     [
         (["model_config.quant=none"], "nothing to quantise"),
         (["model_config.quant_keep=[blocks.9.*]"], "blocks.9.*"),
-        (["model_config.quant_scaling=running"], "comes from training"),
         (["model_config.scale_max_forward=0"], "scale_max_forward"),
     ],
 )
@@ -224,3 +226,57 @@ def test_nan_weights_and_the_source_itself_are_refused(
     assert not (tmp_path / "out").exists()
     assert main(["quantize", str(plain), str(plain)]) == 2
     assert "is the source" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in 8 bits, with running numbers measured on two small videos."""
+    folder = tmp_path_factory.mktemp("calibrated") / "pipeline"
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("A large red star bounces.\nA large blue ring spins.\nA third one.\n")
+    words = [RUNNING, f"calibration.prompts={prompts}", "calibration.num_prompts=2"]
+    words += [f"calibration.{key}={n}" for key, n in (("num_inference_steps", 2), ("num_frames", 5))]
+    assert main(["quantize", "shapes", str(folder), *words, "calibration.height=64", "calibration.width=64"]) == 0
+    return folder
+
+
+def test_calibrated_running_numbers(calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_transformer(calibrated / "transformer", dtype=torch.float32)
+    assert len(holders(model)) == 12 * 12  # ten linears and two attentions of each block
+    for module in holders(model):
+        numbers = module.get_buffer(AMAX)
+        assert (numbers[: 1 if isinstance(module, HiF8Linear) else 3] > 0).all()
+    plain = load_transformer(pipeline_folder("shapes") / "transformer", dtype=torch.float32)
+    tensor = load_transformer(pipeline_folder("shapes") / "transformer", dtype=torch.float32, quant=HIF8)
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 16, 3, 16, 16, generator=generator), torch.randn(1, 20, 128, generator=generator)
+    with torch.no_grad():
+        ours, theirs, exact = (m(x, torch.tensor([700.0]), text).sample for m in (model, tensor, plain))
+    assert not ours.equal(theirs)
+    assert (ours - exact).norm() < 2 * (theirs - exact).norm()
+    # Once measured, they stay: 8 bits again, and saved again.
+    assert main(["quantize", str(calibrated), str(tmp_path / "again")]) == 0
+    again = load_transformer(tmp_path / "again" / "transformer")
+    assert all(numbers.equal(again.state_dict()[name]) for name, numbers in buffers(model).items())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model_config.quant_scaling=running"], "nothing is known of its layers' numbers: name calibration.prompts"),
+        (["calibration.prompts=a star"], "is of model_config.quant_scaling=running: name both"),
+        (
+            ["model_config.quant_scaling=running", "calibration.prompts=a star", "src={plain}"],
+            "needs a pipeline folder",
+        ),
+    ],
+)
+def test_what_cannot_be_calibrated_is_said_first(
+    words: list[str], said: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(plain=plain) for word in words]
+    source = [word.removeprefix("src=") for word in words if word.startswith("src=")] or ["shapes"]
+    words = [word for word in words if not word.startswith("src=")]
+    assert main(["quantize", *source, str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

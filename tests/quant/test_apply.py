@@ -9,11 +9,12 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops import hif8
 from ospnext.ops.attention import Attend, attend
 from ospnext.parallel.fsdp import unsound
-from ospnext.quant.apply import NonFiniteError, advance, describe, matching, quantize
+from ospnext.quant.apply import NonFiniteError, describe, matching, quantize
 from ospnext.quant.attention import HiF8Attend
 from ospnext.quant.config import QuantConfig, choose_execution
-from ospnext.quant.linear import AMAX, SEEN, HiF8Linear, HiF8StoredLinear
+from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
 from ospnext.quant.report import error_table, layer_errors
+from ospnext.quant.running import AMAX, SEEN, advance, observed
 
 SETTINGS = {
     "in_dim": 4,
@@ -131,16 +132,45 @@ def test_running_numbers_advance_with_training_passes_only() -> None:
     model = make().train()
     quantize(model, QuantConfig(scaling="running"))
     loss(model).backward()
-    layer = model.blocks[1].ffn[0]
-    seen = layer.get_buffer(SEEN).clone()
+    layer, attention = model.blocks[1].ffn[0], model.blocks[1].self_attn
+    seen, three = layer.get_buffer(SEEN).clone(), attention.get_buffer(SEEN).clone()
     assert (seen > 0).all()
+    assert (three > 0).all()
     assert layer.get_buffer(AMAX).equal(torch.zeros(2))
-    advance(model)
+    advance(model, 0.5)
     assert layer.get_buffer(AMAX).equal(seen)
+    assert attention.get_buffer(AMAX).equal(three)
     model.eval()
     with torch.no_grad():
         model(*arguments())
     assert layer.get_buffer(AMAX).equal(seen)
+    assert layer.get_buffer(SEEN).equal(torch.zeros(2))
+    advance(model, 0.5)
+    assert layer.get_buffer(AMAX).equal(seen / 2)
+
+
+def test_observed_numbers_are_the_largest_of_all_passes() -> None:
+    model = make().eval()
+    quantize(model, QuantConfig(scaling="running"))
+    x, *rest = arguments()
+    attention = model.blocks[1].self_attn
+    given: list[list[torch.Tensor]] = []
+    inner = attention.attend
+    attention.attend = lambda *qkv_segments: given.append(list(qkv_segments[:3])) or inner(*qkv_segments)
+    with torch.no_grad(), observed(model):
+        before = model(x, *rest)[0]
+        model(x / 4, *rest)
+    attention.attend = inner
+    assert not any(module.training for module in model.modules())
+    assert attention.get_buffer(AMAX).equal(torch.stack([torch.stack(t).abs().max() for t in zip(*given, strict=True)]))
+    tensor = make().eval()
+    quantize(tensor, QuantConfig())
+    with torch.no_grad():
+        torch.testing.assert_close(before, tensor(x, *rest)[0])  # while they look, layers scale as without them
+        after = model(x, *rest)[0]
+    plain = make().eval()(x, *rest)[0].detach()
+    assert not after.equal(before)  # there is headroom now
+    assert (after - plain).norm() < 2 * (before - plain).norm()
 
 
 def test_adapters_train_on_a_quantised_model() -> None:

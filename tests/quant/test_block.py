@@ -11,9 +11,10 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops import attention8, hif8
 from ospnext.ops.fp8 import E4M3
 from ospnext.quant import block as quant_block
-from ospnext.quant.apply import advance, quantize
+from ospnext.quant.apply import quantize
 from ospnext.quant.config import QuantConfig, Scaling
 from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
+from ospnext.quant.running import observed
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 tensor cores"
@@ -29,10 +30,8 @@ def made(scaling: Scaling = "tensor", device: str = "cpu", **quant: Any) -> OSPN
     model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
     quantize(model, QuantConfig(scaling=scaling, execution="fp8", **quant))
     if scaling == "running":
-        with torch.no_grad():
-            model.train()(*inputs(device))
-            advance(model)
-            model.eval()
+        with torch.no_grad(), observed(model):
+            model(*inputs(device))
     return model
 
 
@@ -92,7 +91,7 @@ def test_kept_layers_and_adapters_take_the_plain_way() -> None:
 def test_running_scales_that_never_ran_are_refused() -> None:
     model = OSPNextTransformer3DModel(**SETTINGS)
     quantize(model, QuantConfig(scaling="running", execution="fp8"))
-    with pytest.raises(ValueError, match="no running numbers: train with it, or use tensor"):
+    with pytest.raises(ValueError, match="no running numbers: train with it, have"):
         quant_block.prepare(model)
 
 

@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ByT5Tokenizer
 
 from ospnext.checkpoints import memory
+from ospnext.checkpoints.load import load_transformer
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.flow.path import dynamic_shift
@@ -20,6 +22,7 @@ from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
+from ospnext.quant.running import AMAX, buffers
 from ospnext.train.feed import Fed
 from ospnext.train.flops import training_flops
 from ospnext.train.noise import add_noise
@@ -383,6 +386,26 @@ def test_a_state_is_exported(tmp_path, vae_folder, capsys, weights):
     assert "is there already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run/pipeline"), str(tmp_path / "other")]) == 2
     assert "no state of a training run" in capsys.readouterr().err
+
+
+def test_running_scales_are_part_of_a_run_and_of_its_pipeline(tmp_path, vae_folder, capsys):
+    quant = {
+        "model_config__quant": "hif8",
+        "model_config__quant_attn": "hif8",
+        "model_config__quant_scaling": "running",
+    }
+    assert train(tmp_path / "whole", vae_folder, **quant) == 0
+    assert train(tmp_path / "parts", vae_folder, **quant, training_iteration=3) == 0
+    assert train(tmp_path / "parts", vae_folder, **quant) == 0
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    transformers = [load_transformer(tmp_path / name / "pipeline/transformer") for name in ("whole", "parts")]
+    first, second = (buffers(transformer) for transformer in transformers)
+    assert len(first) == 2 * (40 + 8)
+    assert all(numbers.equal(second[name]) for name, numbers in first.items())
+    assert all(numbers[0] > 0 for name, numbers in first.items() if name.endswith(AMAX))
+    pipe = OSPNextPipeline.from_pretrained(tmp_path / "whole/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe("A red star spins.", num_inference_steps=2).frames).all()
 
 
 def test_hif8_training_resumes_exactly_and_says_so(tmp_path, vae_folder, capsys):

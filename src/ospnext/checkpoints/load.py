@@ -40,7 +40,7 @@ from ospnext.checkpoints.quantised import check_stored, decoded, put_quantisatio
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.quant.apply import quantize
-from ospnext.quant.linear import AMAX
+from ospnext.quant.running import AMAX
 from ospnext.quant.settings import recipe
 
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -104,7 +104,10 @@ def load_transformer(
         model = OSPNextTransformer3DModel(**settings)
     running, known = config is not None and config.scaling == "running", running_names(weights)
     if running and not known and (shard is not None or not trainable):
-        raise CheckpointError(f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it")
+        raise CheckpointError(
+            f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it, or measured by "
+            "`ospnext quantize` (calibration.prompts)"
+        )
     ignore = set() if running else known
     later = running and not known  # they start at nothing, which no file needs to say
     if config is None or later:

@@ -18,7 +18,8 @@ from ospnext.config import ConfigError
 from ospnext.ops import hif8
 from ospnext.quant.apply import matching, quantize
 from ospnext.quant.config import QuantConfig
-from ospnext.quant.linear import AMAX, SCALE, SEEN, HiF8StoredLinear
+from ospnext.quant.linear import SCALE, HiF8StoredLinear
+from ospnext.quant.running import AMAX, SEEN
 from ospnext.quant.settings import read_keys
 
 _WEIGHT = "weight"

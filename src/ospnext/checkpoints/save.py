@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from ospnext.checkpoints.formats import DEFAULTS, NameMap, name_map, native_name, write_settings
 from ospnext.checkpoints.read import SUFFIXES, CheckpointError, TensorInfo
 from ospnext.models.transformer import OSPNextTransformer3DModel
-from ospnext.quant.linear import AMAX, SEEN
+from ospnext.quant.running import AMAX, SEEN
 from ospnext.quant.settings import SAVED
 
 TARGETS = ("diffusers", "wan", "osp", "pt")

@@ -24,7 +24,9 @@ from ospnext.generate.manifest import write_text
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
 from ospnext.generate.settings import Guidance, Steps
+from ospnext.generate.videos import to_uint8
 from ospnext.media import contact_sheet, write_video
+from ospnext.models.video_vae import decode_together
 from ospnext.ops.attention import describe_kernel
 from ospnext.quant.apply import describe, is_quantised
 from ospnext.quant.block import prepare
@@ -139,15 +141,17 @@ def generate_some(
 
     What is None is the model's own.
     """
-    (frames,) = pipe(
+    (latents,) = pipe(
         list(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-        output_type="pt",
+        output_type="latent",
         return_dict=False,
     )
-    return list((frames * 255 + 0.5).to(torch.uint8).movedim(2, -1).cpu().numpy())
+    with torch.no_grad(), pipe.at_work("vae") as vae:  # videos are small: many are decoded at once
+        frames = decode_together(vae, latents).transpose(1, 2) / 2 + 0.5
+    return [to_uint8(video).cpu().numpy() for video in frames]
 
 
 def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:

@@ -74,9 +74,11 @@ def _hif8(x, scale, FACTOR: tl.constexpr, WIDE: tl.constexpr):
     HiF8 has three bits of mantissa from 1/8 to 16, two to either side, one below 1/128; what has fewer is zero in E4M3.
     WIDE: there are numbers from 16 on. The last bit is set so that no number stands between two: those that did are
     now beyond the middle. Then adding and taking away a power of two rounds to as many bits as there are between it
-    and the number.
+    and the number. Infinity has no last bit to set: it would be NaN, and not the largest number.
     """
-    x = ((x * scale).to(tl.int32, bitcast=True) | 1).to(tl.float32, bitcast=True)
+    x *= scale
+    last = (tl.abs(x) < float("inf")).to(tl.int32) if WIDE else 1
+    x = (x.to(tl.int32, bitcast=True) | last).to(tl.float32, bitcast=True)
     size = tl.abs(x)
     power = tl.where(size < 0.0078125 * FACTOR, 22 << 23, tl.where(size < 0.125 * FACTOR, 21 << 23, 20 << 23))
     if WIDE:

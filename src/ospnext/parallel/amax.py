@@ -77,6 +77,13 @@ def share_amax(model: Any, group: str) -> None:
             holder.attend = SharedTextAttend(holder.attend, group)
 
 
+def share_running(model: Any) -> None:
+    """Have running largest numbers be those of all processes of the run, whatever they share; in place."""
+    group = dist.group.WORLD
+    assert group is not None
+    model.reduce_running = SharedAmax(group.group_name)
+
+
 def scaling_layers(block: Any) -> Iterator[Any]:
     """Every layer of a block, and every attention however it is wrapped, that scales by a largest number."""
     for module in block.modules():

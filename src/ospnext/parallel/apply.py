@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ospnext.parallel.amax import share_amax
+from ospnext.parallel.amax import share_amax, share_running
 from ospnext.parallel.fsdp import Copies, Sharding, fit_copies, offload_notice, shard_transformer
 from ospnext.parallel.mesh import Mesh, Sizes, check_segments, fit_sizes
 from ospnext.parallel.ownership import segment_count
@@ -87,6 +87,7 @@ def parallelise(model: Any, mesh: Mesh, weights: DeviceMesh | None, options: Opt
     if weights is not None and mesh.sizes.world != weights.size():
         raise ValueError(f"{mesh.sizes.world} processes share the videos, but {weights.size()} the weights: use all")
     apply_sequence_parallel(model, mesh, options.overlap)
+    share_running(model)
     if options.checkpointing:
         model.checkpoint_blocks(options.checkpointing)
     if options.compile_backend is not None:

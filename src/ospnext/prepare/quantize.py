@@ -2,6 +2,7 @@
 
     ospnext quantize checkpoints/osp_next_14b checkpoints/osp_next_14b_hif8
     ospnext quantize shapes outputs/shapes_hif8 model_config.quant_keep='[blocks.0.*]'
+    ospnext quantize shapes outputs/fast model_config.quant_scaling=running calibration.prompts="a red star"
 
 SRC is a transformer in any format, or a whole pipeline folder, whose other parts are copied. What is written runs in
 HiF8 unless ``model_config.quant: none`` asks for plain numbers, and gives exactly what SRC gives with ``quant: hif8``.
@@ -21,12 +22,13 @@ from ospnext.checkpoints.components import not_inside, pipeline_beside, pipeline
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
 from ospnext.checkpoints.quantised import decoded, running_names, said_of
-from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo
+from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo, Weights
 from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
 from ospnext.device import resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops import hif8
+from ospnext.prepare.calibrate import CalibrationConfig, calibrate
 from ospnext.quant.apply import matching
 from ospnext.quant.config import QuantConfig
 from ospnext.quant.linear import SCALE, encode_weight
@@ -45,6 +47,7 @@ class QuantizeConfig(Config):
     transformer_config: ModelConfig = Field(
         default_factory=ModelConfig, alias="model_config", description="settings that src does not give, and the recipe"
     )
+    calibration: CalibrationConfig = CalibrationConfig()
 
 
 class Written(NamedTuple):
@@ -58,19 +61,30 @@ class Written(NamedTuple):
 def run(config: QuantizeConfig) -> str:
     """Quantise as configured; returns the lines to print."""
     source, target = pipeline_folder(config.src), Path(config.dst).absolute()
-    keys = {"quant": "hif8", "quant_attn": "hif8"} | quant_keys(config.transformer_config)
+    whole = (source / "model_index.json").is_file()
+    keys = said_of(source / "transformer" if whole else source) | {"quant": "hif8", "quant_attn": "hif8"}
+    keys |= quant_keys(config.transformer_config)
     chosen = recipe(keys | {"quant_execution": "emulation"}, torch.device("cpu"))
     if chosen is None or not chosen.linears:
         raise CheckpointError("model_config.quant is none: there is nothing to quantise, use ospnext convert")
-    if chosen.scaling == "running":
-        raise CheckpointError("model_config.quant_scaling running comes from training, not from here: use tensor")
     not_inside(target, source)
+    settings = config.transformer_config.architecture()
+    measured: dict[str, torch.Tensor] = {}
+    if config.calibration.prompts is not None:
+        if chosen.scaling != "running":
+            raise CheckpointError("calibration.prompts is of model_config.quant_scaling=running: name both, or neither")
+        if not whole:
+            raise CheckpointError(f"{source}: calibration samples, and so needs a pipeline folder (model_index.json)")
+        if not config.overwrite and target.exists():
+            raise CheckpointError(f"{target} is there already: choose another dst, or give overwrite=true")
+        measured = calibrate(source, config.calibration, chosen, settings)
     dtype = None if config.dtype is None else resolve_dtype(config.dtype)
     options = (chosen, dtype, config.max_shard_size)
-    settings = config.transformer_config.architecture()
-    if (source / "model_index.json").is_file():
+    if whole:
         with pipeline_beside(source, target, config.overwrite) as folder:
-            written = quantize_transformer(source / "transformer", folder / "transformer", *options, **settings)
+            written = quantize_transformer(
+                source / "transformer", folder / "transformer", *options, running=measured, **settings
+            )
     else:
         check_target(target, "osp", config.overwrite)
         written = quantize_transformer(source, target, *options, config.overwrite, **settings)
@@ -84,6 +98,7 @@ def quantize_transformer(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
+    running: Mapping[str, torch.Tensor] | None = None,
     **overrides: Any,
 ) -> Written:
     """Write a transformer's checkpoint with the recipe's linears in 8 bits.
@@ -94,17 +109,19 @@ def quantize_transformer(
         target, max_shard_size, overwrite: as in ``save_transformer``.
         config: the recipe.
         dtype: of all other floating point; None keeps it.
+        running: where the recipe scales so, the running numbers by name; else those that ``source`` was trained with.
 
     Raises:
         CheckpointError: ``source`` cannot be loaded, ``target`` must not be written, or a weight is NaN or infinite.
         ValueError: a pattern of the recipe matches nothing.
     """
     settings, weights, name_of = open_transformer(source, **overrides)
-    before, said = weights.nbytes(), said_of(weights.source)
+    before = weights.nbytes()
     weights = decoded(weights)
     with torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
     names = match_names(model, weights, name_of, running_names(weights))
+    running = _running(config, weights, running)
     linears = {name for name in matching(model, config) if isinstance(model.get_submodule(name), nn.Linear)}
     tensors: dict[str, TensorInfo] = {}
     stored: dict[str, str] = {}
@@ -119,11 +136,33 @@ def quantize_transformer(
             tensors[name] = info.cast(dtype)
     with weights.opened() as read:
         encoder = _Encoder(read, stored, tensors, config, weights.source)
-        get = _counted(encoder.get, len(tensors))
-        keys = said | saved_keys(config)
-        write_checkpoint(Source(settings | keys, tensors, get), target, "osp", max_shard_size, overwrite)
+        tensors |= {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in running.items()}
+        get = _counted(lambda name: running[name] if name in running else encoder.get(name), len(tensors))
+        write_checkpoint(Source(settings | saved_keys(config), tensors, get), target, "osp", max_shard_size, overwrite)
     after = sum(info.nbytes for info in tensors.values())
     return Written(before, after, sorted(encoder.errors.items(), key=lambda item: -item[1]))
+
+
+def _running(
+    config: QuantConfig, weights: Weights, measured: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """The running numbers to be written: as measured, else the file's own; none where the recipe needs none.
+
+    Raises:
+        CheckpointError: it needs some, and nobody has them.
+    """
+    if config.scaling != "running":
+        return {}
+    if measured:
+        return dict(measured)
+    with weights.opened() as read:
+        found = {name: read(name).float() for name in running_names(weights)}
+    if not found:
+        raise CheckpointError(
+            f"{weights.source}: quant_scaling is running, but nothing is known of its layers' numbers: name "
+            "calibration.prompts to measure them, or use quant_scaling=tensor"
+        )
+    return found
 
 
 class _Encoder:

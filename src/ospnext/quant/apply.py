@@ -18,7 +18,8 @@ from ospnext.ops.attention import Attend
 from ospnext.ops.attention8 import why_not
 from ospnext.quant.attention import HiF8Attend
 from ospnext.quant.config import Execution, QuantConfig
-from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear
+from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
+from ospnext.quant.running import advance
 from ospnext.quant.settings import saved_keys
 
 _WAY_OUT = "keep that layer in plain numbers (model_config.quant_keep) or look at what it is given"
@@ -57,10 +58,10 @@ def quantize(model: Any, config: QuantConfig, stored: Collection[str] = ()) -> l
             model.get_submodule(parent)._modules[child] = linear
         else:
             holder: Any = module
-            holder.attend = HiF8Attend(holder.attend, config)
+            holder.attend = HiF8Attend(holder.attend, config, holder)
     if config.scaling == "running":
         # Not in a layer's own pass, which activation checkpointing repeats.
-        model.register_forward_pre_hook(lambda module, args: advance(module) if module.training else None)
+        model.register_forward_pre_hook(lambda m, args: advance(m, config.decay) if m.training else None)
     model.register_forward_hook(_Watch(), with_kwargs=True)
     if hasattr(model, "register_to_config"):
         model.register_to_config(**saved_keys(config))  # a checkpoint of it says how it ran
@@ -141,14 +142,6 @@ def describe(model: nn.Module, execution: Execution | None = None, device: torch
             how = f"{how}: {reason}" if reason else "fp8: cuDNN"
         parts.append(f"{attentions} attentions ({how})")
     return f"hif8: {', '.join(parts)}"
-
-
-def advance(model: nn.Module) -> None:
-    """Take what the last step has seen into the running largest numbers; ``quantize`` has each training pass do it."""
-    with torch.no_grad():
-        for _, module in quantised(model):
-            if isinstance(module, HiF8Linear) and AMAX in module._buffers:
-                module.advance()
 
 
 class _Watch:

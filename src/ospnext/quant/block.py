@@ -15,7 +15,8 @@ from ospnext.ops import attention8, fused, fused8
 from ospnext.ops.fp8 import E4M3, Held
 from ospnext.ops.fused8 import Target
 from ospnext.quant.attention import HiF8Attend
-from ospnext.quant.linear import AMAX, HiF8Linear, HiF8StoredLinear, product
+from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear, product
+from ospnext.quant.running import AMAX
 
 
 def prepare(model: Any, device: torch.device | None = None) -> None:
@@ -40,6 +41,8 @@ def prepare(model: Any, device: torch.device | None = None) -> None:
         ]
         for parent, name, child in found:
             parent._modules[name] = _ready(child, device)
+        for attention in (block.self_attn, block.cross_attn) if found else ():
+            _require_numbers(attention, 3)
         if found:
             block.forward = partial(forward, block, block.forward)
 
@@ -50,11 +53,7 @@ def _whole(linear: HiF8Linear) -> bool:
 
 def _ready(linear: HiF8Linear, device: torch.device | None) -> HiF8StoredLinear:
     """The linear with its weight in E4M3, where it was."""
-    amax = linear._buffers.get(AMAX)
-    if amax is not None and not amax[0] > 0:
-        raise ValueError(
-            "quant_scaling is running, but the weights have no running numbers: train with it, or use tensor"
-        )
+    _require_numbers(linear, 1)
     home = linear.weight.device
     if device is not None:
         linear.weight = nn.Parameter(linear.weight.to(device), requires_grad=False)
@@ -65,6 +64,16 @@ def _ready(linear: HiF8Linear, device: torch.device | None) -> HiF8StoredLinear:
     stored.unpack()
     stored.to(home)
     return stored
+
+
+def _require_numbers(module: nn.Module, count: int) -> None:
+    """Hold a module to know its first ``count`` running numbers, if it has any."""
+    amax = module._buffers.get(AMAX)
+    if amax is not None and not bool((amax[:count] > 0).all()):
+        raise ValueError(
+            "quant_scaling is running, but the weights have no running numbers: train with it, have `ospnext quantize` "
+            "measure them (calibration.prompts), or use tensor"
+        )
 
 
 def forward(
@@ -112,6 +121,14 @@ def target(layer: HiF8Linear) -> Target:
     return Target(config.scale_max_forward, config.scaling, layer.reduce_amax)
 
 
+def attention_targets(inner: HiF8Attend) -> list[Target]:
+    """How queries, keys and values are rounded."""
+    config, running = inner.quant, inner.owner._buffers.get(AMAX)
+    if running is None:
+        return [Target(config.scale_max_forward, reduce=inner.reduce_amax)] * 3
+    return [Target(config.scale_max_forward, largest) for largest in (running * config.headroom).split(1)]
+
+
 def linear(layer: HiF8Linear, x: Held, dtype: torch.dtype) -> torch.Tensor:
     """A linear of what is held, ``[B, N, in_features]``."""
     return product(x, layer.held_weight(), layer.quant, dtype, layer.bias)
@@ -124,10 +141,10 @@ def self_attention(attention: Any, x: Held, dtype: torch.dtype, rope: torch.Tens
         q, k = (attention.rotated(t, norm, rope) for t, norm in ((q, attention.norm_q), (k, attention.norm_k)))
         out = attention.attend(q, k, attention.heads(v), segments).flatten(-2)
         return linear(attention.o, fused8.hold(out, target(attention.o)), dtype)
-    to = Target(inner.quant.scale_max_forward, reduce=inner.reduce_amax)
-    held_q = fused8.norm_rope(q, attention.norm_q.weight, rope, attention.norm_q.eps, to)
-    held_k = fused8.norm_rope(k, attention.norm_k.weight, rope, attention.norm_k.eps, to)
-    return attended(attention, inner, (held_q, held_k, fused8.hold(v, to)), dtype, segments)
+    to_q, to_k, to_v = attention_targets(inner)
+    held_q = fused8.norm_rope(q, attention.norm_q.weight, rope, attention.norm_q.eps, to_q)
+    held_k = fused8.norm_rope(k, attention.norm_k.weight, rope, attention.norm_k.eps, to_k)
+    return attended(attention, inner, (held_q, held_k, fused8.hold(v, to_v)), dtype, segments)
 
 
 def cross_attention(attention: Any, x: Held, text: torch.Tensor) -> torch.Tensor:
@@ -138,11 +155,10 @@ def cross_attention(attention: Any, x: Held, text: torch.Tensor) -> torch.Tensor
         q, k = attention.heads(attention.norm_q(q)), attention.heads(attention.norm_k(k))
         out = attention.attend(q, k, attention.heads(v)).flatten(-2)
         return linear(attention.o, fused8.hold(out, target(attention.o)), dtype)
-    to = Target(inner.quant.scale_max_forward, reduce=inner.reduce_amax)
-    whole = to._replace(reduce=None)
-    held_q = fused8.norm_rope(q, attention.norm_q.weight, None, attention.norm_q.eps, to)
-    held_k = fused8.norm_rope(k, attention.norm_k.weight, None, attention.norm_k.eps, whole)
-    return attended(attention, inner, (held_q, held_k, fused8.hold(v, whole)), dtype)
+    to_q, to_k, to_v = attention_targets(inner)
+    held_q = fused8.norm_rope(q, attention.norm_q.weight, None, attention.norm_q.eps, to_q)
+    held_k = fused8.norm_rope(k, attention.norm_k.weight, None, attention.norm_k.eps, to_k._replace(reduce=None))
+    return attended(attention, inner, (held_q, held_k, fused8.hold(v, to_v._replace(reduce=None))), dtype)
 
 
 def attended(

@@ -15,11 +15,10 @@ from torch import nn
 
 from ospnext.ops import hif8
 from ospnext.ops.fp8 import E4M3, codes_to_e4m3, headroom
+from ospnext.quant import running
 from ospnext.quant.config import QuantConfig, ReduceAmax
 from ospnext.quant.execution import Held, amax, hold, hold_codes, matmul
-
-AMAX, SEEN = "hif8_amax", "hif8_seen"
-"""Buffers of ``running``: the running largest activation and gradient, and the largest since the last step."""
+from ospnext.quant.running import AMAX, SEEN, Running
 
 SCALE = "weight_scale"
 """Buffer of a stored weight: what its codes' numbers are to be multiplied by."""
@@ -41,32 +40,18 @@ class HiF8Linear(nn.Linear):
         self.quant = config
         self.reduce_amax: ReduceAmax | None = None
         if config.scaling == "running":
-            for name in (AMAX, SEEN):
-                self.register_buffer(name, torch.zeros(2, device=linear.weight.device))
+            running.start(self, 2, linear.weight.device)  # of activations and of gradients
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, x's dtype; the first of three or more axes is samples."""
         return _Product.apply(
-            x, self.weight, self.bias, self._buffers.get(SCALE), *self._running(), self.quant, self.reduce_amax
+            x, self.weight, self.bias, self._buffers.get(SCALE), *running.of(self), self.quant, self.reduce_amax
         )
-
-    def _running(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The running largest numbers and, in training, where to note what is seen."""
-        return self._buffers.get(AMAX), self._buffers.get(SEEN) if self.training else None
 
     def held_weight(self) -> Held:
         """The weight ``[out_features, in_features]`` as the products take it."""
         return _hold_weight(self.weight, self._buffers.get(SCALE), self.quant)
-
-    def advance(self) -> None:
-        """A step is over: the running largest numbers take in what was seen."""
-        running, seen = self._buffers[AMAX], self._buffers[SEEN]
-        assert running is not None
-        assert seen is not None
-        shared = seen if self.reduce_amax is None else self.reduce_amax(seen)
-        running.copy_(torch.maximum(running * self.quant.decay, shared))
-        seen.zero_()
 
     def extra_repr(self) -> str:
         """As it is printed."""
@@ -140,17 +125,17 @@ class _Product(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         scale: torch.Tensor | None,
-        running: torch.Tensor | None,
+        largest: torch.Tensor | None,
         seen: torch.Tensor | None,
         config: QuantConfig,
         reduce: ReduceAmax | None,
     ) -> torch.Tensor:
-        held_x = _hold_rows(_samples(x), 0, running, seen, config, reduce)
+        held_x = _hold_rows(_samples(x), 0, Running(largest, seen), config, reduce)
         held_w = _hold_weight(weight, scale, config)
         out = product(held_x, held_w, config, _out_dtype(x), bias)
         keep_x = held_x if weight.requires_grad else Held(x.new_empty(0), x.new_empty(0))
         ctx.save_for_backward(*keep_x, weight, scale)
-        ctx.running, ctx.seen = running, seen  # as they are then, not now
+        ctx.running = Running(largest, seen)  # as they are then, not now
         ctx.config, ctx.reduce = config, reduce
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], len(weight))
@@ -159,7 +144,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, inverse, weight, scale = ctx.saved_tensors
         config: QuantConfig = ctx.config
-        held_g = _hold_rows(_samples(gradients[0]), 1, ctx.running, ctx.seen, config, ctx.reduce)
+        held_g = _hold_rows(_samples(gradients[0]), 1, ctx.running, config, ctx.reduce)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             held_w = _hold_weight(weight, scale, config)
@@ -185,24 +170,16 @@ def _samples(x: torch.Tensor) -> torch.Tensor:
 
 
 def _hold_rows(
-    rows: torch.Tensor,
-    which: int,
-    running: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    config: QuantConfig,
-    reduce: ReduceAmax | None,
+    rows: torch.Tensor, which: int, numbers: Running, config: QuantConfig, reduce: ReduceAmax | None
 ) -> Held:
     """Activations (``which`` 0) or gradients (1) ``[S, M, K]``, scaled as configured and rounded."""
     scale_max = (config.scale_max_forward, config.scale_max_backward)[which]
-    if running is None:
+    if numbers.amax is not None:
+        largest = running.largest(rows, which, numbers, config, reduce).reshape(1, 1, 1)
+    else:
         by_token = config.scaling == "token" and which == 0
         largest = amax(rows, 2) if by_token else amax(rows, 1, reduce)
-        return hold(rows, largest, scale_max, config.execution)
-    if seen is not None:
-        seen[which] = torch.maximum(seen[which], amax(rows, 0).reshape(()))
-    # Before the first step nothing is known but this tensor.
-    largest = torch.where(running[which] > 0, running[which] * config.headroom, amax(rows, 0, reduce).reshape(()))
-    return hold(rows, largest.reshape(1, 1, 1), scale_max, config.execution)
+    return hold(rows, largest, scale_max, config.execution)
 
 
 def _hold_weight(weight: torch.Tensor, scale: torch.Tensor | None, config: QuantConfig) -> Held:

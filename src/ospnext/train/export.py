@@ -134,6 +134,7 @@ def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "
     eight_bits = recipe(read_keys(settings["transformer"], state), torch.device("cpu"))
     if eight_bits is not None:
         quantize(transformer, eight_bits)  # its config.json says so
+        transformer.load_state_dict(read(state, "running.transformer."), strict=False)
     assert sources.vae is not None
     if "text_encoder" in settings:
         with torch.device("meta"):

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ospnext.generate.manifest import write_text
+from ospnext.generate.videos import to_uint8
 from ospnext.media import video_grid, write_video
 from ospnext.parallel.launch import Launch, gather_objects
 from ospnext.train.policy import Policy
@@ -80,7 +79,7 @@ class HeldOut:
             some = self.videos.own(len(numbers)) if own else []
             if some:
                 pixels = self.videos.pixels(latents[some])
-                kept |= {numbers[k]: to_frames(pixels[i]) for i, k in enumerate(some) if numbers[k] < keep}
+                kept |= {numbers[k]: to_uint8(pixels[i]).cpu().numpy() for i, k in enumerate(some) if numbers[k] < keep}
                 scored = self.videos.score(pixels, [prompts[k] for k in some])
                 pending.append(([numbers[k] for k in some], scored))
         for numbers, future in pending:
@@ -123,11 +122,6 @@ class HeldOut:
         paths = [self.folder / "eval" / f"epoch_{e:06d}" / f"video_{n}.mp4" for n in rows for e in shown]
         if all(path.exists() for path in paths):
             video_grid(paths, self.folder / "eval" / "over_time.mp4", self.config.save_fps, columns=len(shown))
-
-
-def to_frames(pixels: Tensor) -> np.ndarray:
-    """A video [F, C, H, W] in 0..1 as uint8 [F, H, W, C], in host memory."""
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GRPOConfig) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ospnext.parallel.state import StateError, StateWriter, load, newest, read_record
+from ospnext.quant import running
 from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.optim import MovingAverage, moments
 
@@ -36,7 +37,7 @@ class TrainState:
     """Everything that changes while a run trains.
 
     Args:
-        modules: the trained modules by name; what needs gradients is saved, and they have no buffers that change.
+        modules: the trained modules by name; what needs gradients is saved, and HiF8's running numbers.
         optimiser: AdamW over their parameters.
         average: of their parameters.
         clipper: of their gradients.
@@ -75,6 +76,8 @@ class TrainState:
         Raises:
             StateError: the state before it could not be written. Older states are untouched.
         """
+        for module in self.modules.values():
+            running.share(module)  # the same on all processes, as what is not sharded has to be
         writer.save(self.step, self.tensors(), self.record())
 
     def load(self, folder: Path) -> None:
@@ -115,6 +118,8 @@ class TrainState:
         named |= {f"average.{name}": shadow for name, shadow in self.average.shadow.items()}
         for name, moment in self.moments.items():
             named |= {f"{key}.{name}": moment[key] for key in ("exp_avg", "exp_avg_sq")}
+        for key, module in self.modules.items():
+            named |= {f"running.{key}.{name}": buffer for name, buffer in running.buffers(module).items()}
         return named | {"optimiser.steps": torch.stack([m["step"].detach().cpu() for m in self.moments.values()])}
 
     def record(self) -> dict[str, Any]:
