@@ -176,11 +176,12 @@ def naming_dead_workers() -> Iterator[None]:
     """What torch says of a worker that was killed, as an error of the data with the way out."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it was about to hand over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        said = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
-            f"a process that reads clips died ({' '.join(str(error).split())[:160]}): give it more memory, more shared "
+            f"a process that reads clips died ({said}): give it more memory, more shared "
             "memory (docker run --shm-size=8g), or set num_workers=0 to see at which clip it happens"
         ) from error
 
