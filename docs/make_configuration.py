@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from ospnext.cli import COMMANDS
+from ospnext.commands import COMMANDS
 from ospnext.config import Config, Fate, config_keys
 from ospnext.config_keys import key_rules
 from ospnext.sections import RunConfig

@@ -10,7 +10,8 @@ from pkgutil import resolve_name
 import pytest
 
 from ospnext import __version__
-from ospnext.cli import COMMANDS, explain, is_first, main, old_variables, read_config, world_size
+from ospnext.cli import explain, is_first, main, old_variables, read_config, world_size
+from ospnext.commands import COMMANDS
 from ospnext.config import ConfigError, config_keys
 from ospnext.parallel.launch import Launch, read_launch
 

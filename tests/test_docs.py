@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ospnext.cli import COMMANDS
+from ospnext.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

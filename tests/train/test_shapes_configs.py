@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 
 import pytest
 
-from ospnext.cli import COMMANDS
+from ospnext.commands import COMMANDS
 from ospnext.config import config_keys, load_config, read_yaml, refuse_placeholders
 
 FOLDER = Path(__file__).parents[2] / "configs/shapes"
