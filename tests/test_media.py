@@ -1,5 +1,6 @@
-"""Video files and contact sheets, written and read back."""
+"""Video files, GIFs and contact sheets, written and read back."""
 
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ospnext.media import contact_sheet, read_video, video_writer, write_video
+from ospnext.media import animated_gif, contact_sheet, read_video, video_writer, write_video
 
 
 def moving_square(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -72,6 +73,35 @@ def test_files_that_are_no_video_are_named(tmp_path: Path) -> None:
         read_video(tmp_path / "none.mp4")
     with pytest.raises(OSError):
         write_video(tmp_path / "no folder" / "clip.mp4", moving_square())
+
+
+def opened(gif: bytes) -> tuple[np.ndarray, list[float]]:
+    """Frames and how long each is shown, in milliseconds."""
+    frames, durations = [], []
+    with Image.open(BytesIO(gif)) as file:
+        assert (file.format, file.info["loop"]) == ("GIF", 0)
+        for i in range(file.n_frames):
+            file.seek(i)
+            frames.append(np.asarray(file.convert("RGB")))
+            durations.append(file.info["duration"])
+    return np.stack(frames), durations
+
+
+def test_a_small_gif_is_the_clip_itself() -> None:
+    clip = moving_square()
+    frames, durations = opened(animated_gif(torch.from_numpy(clip), fps=10))
+    assert np.array_equal(frames, clip)  # so few colours are kept
+    assert durations == [100] * 9
+
+
+@pytest.mark.parametrize(("height", "width", "small"), [(288, 512, (144, 256)), (600, 30, (256, 13))])
+def test_a_large_gif_is_scaled_down_and_lasts_as_long(height: int, width: int, small: tuple[int, int]) -> None:
+    clip = np.zeros((81, height, width, 3), np.uint8)
+    clip[:] = (3 * np.arange(81))[:, None, None, None]
+    frames, durations = opened(animated_gif(clip, fps=16))
+    assert frames.shape == (24, *small, 3)
+    assert (frames[0].max(), frames[-1].min()) == (0, 240)
+    assert sum(durations) == pytest.approx(81 / 16 * 1000, abs=24 * 5)
 
 
 def test_contact_sheets_hold_the_frames_in_rows(tmp_path: Path) -> None:

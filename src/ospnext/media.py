@@ -1,4 +1,4 @@
-"""Read and write video files with PyAV: whole clips, grids of clips, contact sheets.
+"""Read and write video files with PyAV: whole clips, grids of clips; with Pillow contact sheets and animated GIFs.
 
 Frames are RGB uint8 [T, H, W, 3] everywhere. Files are H.264 in mp4, yuv420p with BT.709 colours, tagged as such, which
 every browser and player shows alike. A file appears under its name only when it is complete.
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -178,6 +179,30 @@ def contact_sheet(frames: Frames, path: str | Path, columns: int = 8) -> None:
     rows = spaced.reshape(count // columns, columns, height, width, 3).swapaxes(1, 2)
     with _appearing(path) as partial:
         Image.fromarray(rows.reshape(-1, columns * width, 3)).save(partial, format="PNG")
+
+
+def animated_gif(frames: Frames, fps: float = 16, *, longest_side: int = 256, limit: int = 24) -> bytes:
+    """The file of a GIF that moves for as long as the clip and repeats; a preview: 256 colours a frame, and small.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        fps: of the clip.
+        longest_side: in pixels; larger frames are scaled down to it, smaller ones stay as they are.
+        limit: the most frames; a longer clip gives as many, evenly spaced from first to last, and each stays longer.
+
+    Raises:
+        ValueError: ``frames`` is not uint8 [T, H, W, 3], or is empty.
+    """
+    clip = _as_clip(frames)
+    count, height, width, _ = clip.shape
+    scale = min(1.0, longest_side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    shown = np.linspace(0, count - 1, min(count, limit)).round().astype(int)
+    pictures = [Image.fromarray(clip[i]).resize(size) for i in shown]
+    hundredths = max(2, round(100 * count / fps / len(shown)))  # GIF's unit; browsers slow down what is faster than 2
+    file = BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=10 * hundredths, loop=0)
+    return file.getvalue()
 
 
 @contextmanager

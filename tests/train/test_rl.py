@@ -17,6 +17,7 @@ import yaml
 from rl_cases import SETTINGS, config_of, lines_of, save_pipeline, words_of
 from safetensors.torch import load_file
 from saved_states import read_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.cli import main
@@ -45,7 +46,8 @@ def train(folder: Path, out: Path, **settings: object) -> int:
 
 def test_a_run_leaves_what_it_should(folder, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train(folder, out, rl_config__eval_freq=2, save_interval=2, gradient_accumulation_steps=2) == 0
+    more = {"trackers": "[tensorboard]", "gradient_accumulation_steps": 2}
+    assert train(folder, out, rl_config__eval_freq=2, save_interval=2, **more) == 0
     said = capsys.readouterr().out
     assert "shift is not set: rollouts, training and evaluation take the model's own, 3" in said
     assert "an epoch has 8 videos of 5 frames of 48 x 32 in groups of 4; 3 of 4 steps random (leading, osp 1)" in said
@@ -68,6 +70,10 @@ def test_a_run_leaves_what_it_should(folder, tmp_path, capsys):
     assert [one["seed"] for one in scores["videos"]] == [42, 43, 44]
     assert (out / "eval/epoch_000002/video_1.mp4").exists()
     assert not (out / "eval/epoch_000002/video_2.mp4").exists()
+    curves = EventAccumulator(str(out / "tensorboard"), {"images": 0}).Reload()
+    assert curves.Tags()["images"] == ["eval/video_0", "eval/video_1"]
+    assert [event.step for event in curves.Images("eval/video_1")] == [0, 2, 3]
+    assert all(event.encoded_image_string.startswith(b"GIF89a") for event in curves.Images("eval/video_1"))
     assert sorted(p.name for p in out.glob("lora-checkpoint-*")) == [
         f"lora-checkpoint-{n}{kind}" for n in (2, 3) for kind in ("", "-ema")
     ]

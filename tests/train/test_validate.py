@@ -41,7 +41,12 @@ def test_videos_come_graded_and_training_does_not_notice(tmp_path: Path, vae_fol
         assert [clip.frames.shape for clip in clips] == [(5, 32, 48, 3)] * 2
     curves = EventAccumulator(str(tmp_path / "with/tensorboard"), {"images": 0}).Reload()
     assert [event.step for event in curves.Scalars("validation/everything")] == [2, 4, 5]
-    assert [event.step for event in curves.Images("validation")] == [2, 4, 5]
+    for number in range(2):
+        pictures = curves.Images(f"validation/video_{number}")
+        assert [event.step for event in pictures] == [2, 4, 5]
+        for event in pictures:
+            assert event.encoded_image_string.startswith(b"GIF89a")
+            assert (event.width, event.height) == (48, 32)
 
 
 def test_videos_are_those_of_the_averaged_weights(

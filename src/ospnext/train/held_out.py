@@ -2,6 +2,7 @@
 
 ``output_dir/eval/epoch_000020/`` holds the first videos and ``scores.json``; ``output_dir/evaluations.jsonl`` a line
 for each; ``output_dir/eval/over_time.mp4`` the same videos side by side, a prompt a row, an evaluation a column.
+Trackers show the first few (``pictures``).
 """
 
 import json
@@ -10,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,13 +19,21 @@ from ospnext.generate.manifest import write_text
 from ospnext.generate.videos import to_uint8
 from ospnext.media import video_grid, write_video
 from ospnext.parallel.launch import Launch, gather_objects
+from ospnext.train.pictures import Shown, shown
 from ospnext.train.policy import Policy
 from ospnext.train.prompts import Prompt
 from ospnext.train.rl_settings import GRPOConfig
 from ospnext.train.rollout import Videos, without_noise
 
 FILE = "evaluations.jsonl"
-ROWS, COLUMNS = 4, 8  # of the grid over time
+ROWS, COLUMNS = 4, 8  # of the grid over time; as many videos as it has rows go to the trackers
+
+
+class Evaluation(NamedTuple):
+    """What all processes get: means of all scores, ``reward`` the weighted sum, and the first videos by number."""
+
+    means: dict[str, float]
+    videos: list[Shown]
 
 
 class HeldOut:
@@ -58,8 +67,8 @@ class HeldOut:
         self.shift, self.seed, self.folder, self.launch = shift, seed, folder, launch
         self.rank, self.ranks = rank, ranks
 
-    def evaluate(self, epoch: int, step: int, seconds: float) -> dict[str, float]:
-        """Means of all scores, ``reward`` the weighted sum; the same on all processes, which call it together.
+    def evaluate(self, epoch: int, step: int, seconds: float) -> Evaluation:
+        """Evaluate; all processes call it together.
 
         Args:
             epoch, step, seconds: how far training is.
@@ -86,23 +95,27 @@ class HeldOut:
             scores = future.result()
             for i, n in enumerate(numbers):
                 mine[n] = {"reward": float(scores.total[i])} | {name: float(v[i]) for name, v in scores.each.items()}
-        self._keep(kept, place)
-        everyone = gather_objects(self.launch, mine)  # and so all videos are there
-        marks = {n: values for part in everyone for n, values in part.items()}
+        everyone = gather_objects(self.launch, (mine, self._keep(kept, place)))  # and so all videos are there
+        marks = {n: values for part, _ in everyone for n, values in part.items()}
         means = {name: _mean([m[name] for m in marks.values()]) for name in marks[0]}
         if self.launch.first:
             took = round(time.perf_counter() - began, 1)
             when = {"epoch": epoch, "step": step, "seconds": round(seconds, 1), "evaluation_seconds": took}
             self._write(place, when, means, marks)
-        return means
+        return Evaluation(means, sorted((one for _, some in everyone for one in some), key=lambda one: one.number))
 
-    def _keep(self, kept: Mapping[int, np.ndarray], place: Path) -> None:
-        """Write videos, or where there is no PyAV their frames."""
+    def _keep(self, kept: Mapping[int, np.ndarray], place: Path) -> list[Shown]:
+        """Write videos, or where there is no PyAV their frames; returns what trackers get of them."""
+        fps, made = self.config.save_fps, []
         for number, frames in sorted(kept.items()):
-            if find_spec("av"):
-                write_video(place / f"video_{number}.mp4", frames, self.config.save_fps)
-            else:
+            path = place / f"video_{number}.mp4" if find_spec("av") else None
+            if path is None:
                 np.save(place / f"video_{number}.npy", frames)
+            else:
+                write_video(path, frames, fps)
+            if number < ROWS:
+                made.append(shown(number, frames, fps, path))
+        return made
 
     def _write(
         self, place: Path, when: dict[str, Any], means: Mapping[str, float], marks: Mapping[int, Mapping[str, float]]

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ospnext.parallel.launch import Launch, gather_objects
+from ospnext.train.pictures import Shown, show
 
 if TYPE_CHECKING:
     from ospnext.train.state import TrainState
@@ -29,9 +30,6 @@ class Tracker(Protocol):
 
     def log(self, values: dict, step: int | None = None) -> None:
         """One line."""
-
-    def log_images(self, values: dict, step: int | None = None, **how: Any) -> None:
-        """Pictures ``[N, H, W, 3]``, uint8, by name."""
 
     def finish(self) -> None:
         """No more lines."""
@@ -130,12 +128,10 @@ class Log:
         """Time since the last line that was not spent on steps."""
         self.since += seconds
 
-    def images(self, values: Mapping[str, Any], step: int) -> None:
-        """Show pictures in the trackers."""
+    def videos(self, name: str, videos: Sequence[Shown], step: int) -> None:
+        """Show videos in the trackers, each as it can."""
         for tracker in self.trackers:
-            if hasattr(tracker, "log_images"):
-                how = {"dataformats": "NHWC"} if getattr(tracker, "name", "") == "tensorboard" else {}
-                tracker.log_images(dict(values), step=step, **how)
+            show(tracker, name, videos, step)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Show numbers in the trackers that are no losses."""

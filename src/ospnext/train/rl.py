@@ -308,11 +308,12 @@ class Training:
             return
         self.state.average.swap()
         forget_gathered(self.transformer)
-        means = self.held_out.evaluate(progress.epoch, self.state.step, progress.seconds)
+        means, videos = self.held_out.evaluate(progress.epoch, self.state.step, progress.seconds)
         self.state.average.swap()
         forget_gathered(self.transformer)
         if not progress.baseline:
             progress.baseline = means
+        log.videos("eval", videos, self.state.step)
         log.numbers({f"eval/{name}": value for name, value in means.items() if value == value}, self.state.step)
         self.say(f"evaluation after {progress.epoch} epochs: " + ", ".join(f"{k} {v:.4g}" for k, v in means.items()))
         for line in suspicions(means, progress.baseline, self.c):

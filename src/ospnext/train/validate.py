@@ -1,6 +1,6 @@
 """Videos along the way: fixed prompts and seeds every so many steps, from the averaged weights.
 
-They lie in ``output_dir/validation/step_*/``, four frames of each go to the trackers, and where the world is shapes and
+They lie in ``output_dir/validation/step_*/``, trackers show them (``pictures``), and where the world is shapes and
 nobody named prompts they are of held-out scenes and graded; the figures are in ``output_dir/validation.jsonl``.
 
 All processes sample together: each group that shares a video takes every ``dp``-th one, and all make as many calls. The
@@ -38,11 +38,11 @@ from ospnext.shapes.world import Scene, World, sample_scene
 from ospnext.train.export import LARGE, SMALL
 from ospnext.train.log import Log, cut_log
 from ospnext.train.parts import Components, Job, shares_text_encoder, vae_dtype
+from ospnext.train.pictures import Shown, shown
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
 
 FILE = "validation.jsonl"
-FRAMES_SHOWN = 4  # of every video, in the trackers
 
 
 class Asked(NamedTuple):
@@ -55,8 +55,7 @@ class Asked(NamedTuple):
 class Made(NamedTuple):
     """A video of this process, once it is written or not."""
 
-    number: int
-    strip: np.ndarray  # uint8 [H, FRAMES_SHOWN * W, 3]
+    shown: Shown
     grade: Grade | None
     problem: str
 
@@ -126,7 +125,7 @@ class Validation:
                 forget_gathered(module.train(was))
         everyone = [one for some in gather_objects(self.launch, made) for one in some]
         if self.launch.first:
-            self.show(sorted(everyone, key=lambda one: one.number), state.step, log)
+            self.show(sorted(everyone, key=lambda one: one.shown.number), state.step, log)
         log.leave_out(time.monotonic() - began)
 
     def make(self, folder: Path) -> list[Made]:
@@ -163,19 +162,19 @@ class Validation:
 
     def keep(self, number: int, frames: torch.Tensor, folder: Path) -> Made:
         """Write a video and grade it; what goes wrong with the file is said later, and no more."""
+        path, fps = folder / f"video_{number}.mp4", self.config.validation_config.save_fps
         problem, video = "", frames.numpy()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_video(folder / f"video_{number}.mp4", video, self.config.validation_config.save_fps)
+            write_video(path, video, fps)
         except OSError as error:
-            problem = f"{folder / f'video_{number}.mp4'}: {error.strerror or error}"
+            problem = f"{path}: {error.strerror or error}"
         scenes = self.asked.scenes
         marks = None if scenes is None or len(video) < 2 else grade(video, scenes[number])
-        places = np.linspace(0, len(video) - 1, FRAMES_SHOWN).round().astype(int)
-        return Made(number, np.concatenate(list(video[places]), axis=1), marks, problem)
+        return Made(shown(number, video, fps, None if problem else path), marks, problem)
 
     def show(self, made: Sequence[Made], step: int, log: Log) -> None:
-        """Pictures and figures to the trackers and the file, in the first process."""
+        """Videos and figures to the trackers and the file, in the first process."""
         problems = [one.problem for one in made if one.problem]
         if problems:
             print(f"warning: {len(problems)} of {len(made)} validation videos not written, such as {problems[0]}")
@@ -187,7 +186,7 @@ class Validation:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             print(f"warning: {error.filename}: {error.strerror}")
-        log.images({"validation": np.stack([one.strip for one in made])}, step)
+        log.videos("validation", [one.shown for one in made], step)
         numbers = {name: value for name, value in record.items() if name not in ("step", "videos")}
         if numbers:
             log.numbers({f"validation/{name}": value for name, value in numbers.items()}, step)
