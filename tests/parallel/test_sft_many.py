@@ -12,6 +12,7 @@ import pytest
 import sft_cases as cases
 import torch
 from processes import Processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.generate.pipeline import OSPNextPipeline
@@ -120,13 +121,15 @@ def test_videos_along_the_way_are_those_of_one_process(
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     section = {"interval": 2, "prompts": tmp_path / "prompts.txt", "num_videos": 3, "num_inference_steps": 2}
     values = paths | {f"validation_config.{key}": value for key, value in section.items()}
-    values |= {"validation_config.guidance_scale": 2.0, "reshard_after_forward": False}
+    values |= {"validation_config.guidance_scale": 2.0, "reshard_after_forward": False, "trackers": "[tensorboard]"}
     assert cases.train(0, 1, values | {"output_dir": tmp_path / "one"}) == ""
     values |= sharing | {"fsdp_size": 2, "output_dir": tmp_path / "two", "text_encoder_config.use_fsdp": True}
     assert set(processes(2).run(cases.train, 2, values, seconds=PATIENCE)) == {""}
     for name in ("one", "two"):
         hold(cases.outcome(tmp_path / name), expected)  # of a run without any
         assert len(list((tmp_path / name / "validation").glob("*/*.mp4"))) == 2 * 3
+        curves = EventAccumulator(str(tmp_path / name / "tensorboard"), {"images": 0}).Reload()
+        assert curves.Tags()["images"] == [f"validation/video_{i}" for i in range(3)]
     apart = []
     for video in sorted((tmp_path / "one/validation").glob("*/*.mp4")):
         other = read_video(tmp_path / "two/validation" / video.parent.name / video.name).frames
