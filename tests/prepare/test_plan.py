@@ -10,6 +10,7 @@ from ospnext.cli import main
 from ospnext.prepare.plan import PlanConfig, make_plan
 from ospnext.prepare.plan_devices import devices
 from ospnext.prepare.plan_report import settings_of, verdict
+from ospnext.prepare.plan_time import step_flops, step_sent
 
 ROOT = Path(__file__).parents[2]
 GENERATE, TRAIN = ROOT / "tests/data/seed_generate.yaml", ROOT / "tests/data/seed_train.yaml"
@@ -24,6 +25,7 @@ def plan(path: Path, *overrides: str, **keys):
     [
         *((f"configs/generate/{name}.yaml", "generate") for name in ("osp_14b", "osp_hif8_1_3b", "shapes")),
         ("configs/shapes/transformer.yaml", "train"),
+        ("configs/train/osp_14b_from_wan.yaml", "train"),
         *((f"tests/data/seed_{name}.yaml", "generate") for name in ("generate", "generate_merged", "generate_paths")),
         *((f"tests/data/seed_{name}.yaml", "train") for name in ("train", "train_dataset")),
     ],
@@ -54,6 +56,24 @@ def test_an_adapter_has_the_state_and_the_weights_are_frozen() -> None:
     assert adapter.step.linears < 0.8 * whole.step.linears
     with pytest.raises(ValueError, match="no linear of this model is called to_q"):
         plan(TRAIN, "lora_config.target_modules=[to_q]", world=8)
+
+
+def test_a_teacher_takes_its_weights_and_a_dense_forward_pass() -> None:
+    words = ("fsdp_size=8", "skiparse_sp_size=4", "use_skiparse_sequence_parallel=true")
+    alone, taught = (plan(TRAIN, *words, f"distillation_config.weight={w}", world=8) for w in (0, 0.5))
+    flops = step_flops(taught.recipe, taught.chosen.mesh)
+    dense = plan(
+        TRAIN, *words, "model_config.skiparse_model_type=full", "use_skiparse_sequence_parallel=false", world=8
+    )
+    forward = step_flops(dense.recipe, dense.chosen.mesh)["dense blocks"]
+    assert sum(flops["teacher"]) < sum(forward)  # of four processes here, of one there
+    assert sum(flops["teacher"]) == pytest.approx(sum(forward) / 4, rel=0.02)
+    own, more = alone.chosen.step, taught.chosen.step
+    assert more.attention > 1.3 * own.attention
+    assert more.linears == pytest.approx(own.linears * 5 / 4, rel=0.02)  # checkpointed: two forward, two backward
+    assert more.exchanges > own.exchanges
+    assert step_sent(taught.recipe, taught.chosen.mesh).gathers > step_sent(alone.recipe, alone.chosen.mesh).gathers
+    assert taught.chosen.phases[-1].parts["teacher"] == pytest.approx(2 * 14_288_491_584 / 8, rel=1e-3)
 
 
 def test_checkpointing_and_sharing_a_video_save_activations() -> None:

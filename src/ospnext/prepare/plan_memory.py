@@ -15,6 +15,7 @@ from torch import nn
 
 from ospnext.generate.sources import DECODING
 from ospnext.models.video_vae import DecodeMode, decode_bytes
+from ospnext.ops.layout import Layout
 from ospnext.prepare.plan_devices import Device
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
@@ -45,11 +46,15 @@ def phases(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
 
 def held_by_blocks(recipe: Recipe, mesh: Mesh) -> Counter[Held]:
     """What each block holds and moves on the busiest process, and how many blocks are like it."""
-    sequence, batch = mesh.sequence(recipe), rows(recipe, mesh)
     found: Counter[Held] = Counter()
-    for layout, number in Counter(sequence.layouts).items():
-        found[_traced(recipe, sequence.busiest(layout), batch)] += number
+    for layout, number in Counter(recipe.transformer.layouts).items():
+        found[held_by_block(recipe, mesh, layout)] += number
     return found
+
+
+def held_by_block(recipe: Recipe, mesh: Mesh, layout: Layout) -> Held:
+    """The same of one block."""
+    return _traced(recipe, mesh.sequence(recipe).busiest(layout), rows(recipe, mesh))
 
 
 def rows(recipe: Recipe, mesh: Mesh) -> int:

@@ -73,7 +73,7 @@ class Recipe:
         accumulation: of training.
         adapter: what is trained in place of the transformer, on the meta device; None where that is trained.
         hif8_linears, hif8_attention: sampled in HiF8 on FP8 tensor cores.
-        teacher: whether a frozen teacher, taken to be of the same size, stands beside what is trained.
+        teacher: whether a frozen teacher, taken to be dense and of the same size, stands beside what is trained.
         assumed: what nobody said and was taken for granted.
     """
 

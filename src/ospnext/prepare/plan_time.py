@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ospnext.ops.layout import Layout
 from ospnext.prepare.plan_devices import BACKWARD_SHARE, Device
-from ospnext.prepare.plan_memory import held_by_blocks, rows
+from ospnext.prepare.plan_memory import held_by_block, held_by_blocks, rows
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
 from ospnext.prepare.plan_work import Flops, block_flops, count, decode_flops, encode_flops, ends_flops, sharded
@@ -90,6 +90,11 @@ def step_flops(recipe: Recipe, mesh: Mesh) -> dict[str, Flops]:
         linear = 2 * (blocks.linear + outside) if recipe.adapter is None else blocks.linear
         # Five products for the two of a forward attention: its scores are made again.
         found["backward"] = Flops(linear, 5 * blocks.attention // 2)
+    if recipe.teacher:
+        number, batch = len(recipe.transformer.layouts), rows(recipe, mesh)
+        dense = block_flops(recipe.settings, mesh.sequence(recipe).busiest(Layout.FULL), batch)
+        ends = forward["embeddings and head"].linear
+        found["teacher"] = Flops(times * (number * dense.linear + ends), times * number * dense.attention)
     return found
 
 
@@ -103,20 +108,21 @@ def passes(recipe: Recipe, mesh: Mesh) -> int:
 def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
     """Bytes sent in one step."""
     sequence, settings = mesh.sequence(recipe), recipe.settings
-    training = recipe.kind == "train"
+    training, layers = recipe.kind == "train", len(recipe.transformer.layouts)
     ways = 1 + training  # what goes forward comes back as gradients
+    taught = layers * sequence.attend_values(Layout.FULL, settings["dim"]) if recipe.teacher else 0
     again = recipe.checkpointing  # attention's exchanges are made again, those between blocks are not
     each = passes(recipe, mesh) * rows(recipe, mesh) * recipe.dtype.itemsize
     blocks = count(recipe.transformer.blocks)
     weights = count(recipe.transformer)
     share = (mesh.fsdp - 1) / mesh.fsdp
-    fetched = (blocks * ways + weights - blocks) * recipe.dtype.itemsize * share
+    fetched = (blocks * (ways + recipe.teacher) + weights - blocks) * recipe.dtype.itemsize * share
     reduced = 0.0
     if training:
         own = sharded(recipe.trained, mesh.fsdp)
         reduced = _REDUCED * (count(recipe.trained) * share + 2 * own * (mesh.ddp - 1) / mesh.ddp)
     return Sent(
-        int(each * (ways + again) * sequence.attends(settings["dim"])),
+        int(each * ((ways + again) * sequence.attends(settings["dim"]) + taught)),
         each * ways * sequence.switches(settings["dim"]),
         int(passes(recipe, mesh) * fetched),
         int(reduced),
@@ -138,6 +144,8 @@ def step_seconds(recipe: Recipe, mesh: Mesh, device: Device) -> Seconds:
     moved = 0
     for held, number in held_by_blocks(recipe, mesh).items():
         moved += number * (int(held.forward_traffic * (1 + again)) + held.backward_traffic)
+    if recipe.teacher:
+        moved += len(recipe.transformer.layouts) * held_by_block(recipe, mesh, Layout.FULL).forward_traffic
     reordered = 2 * _reordered(recipe, mesh) * (1 + training)
     bandwidth = device.bandwidth(recipe.code, recipe.hif8_linears)
     elementwise = times * (moved / bandwidth + reordered / device.bandwidth("eager"))
