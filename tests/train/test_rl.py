@@ -367,3 +367,26 @@ def test_defaults_are_the_seeds(folder, tmp_path):
     assert (c.num_epochs, c.save_interval, SETTINGS["num_epochs"]) == (3, 100, 3)
     own = c.rl_config.model_fields["clip_range"].default, c.rl_config.model_fields["num_inference_steps"].default
     assert own == (5e-3, 20)
+
+
+def test_rounding_is_divided_out_of_every_update_of_an_epoch(folder, tmp_path, monkeypatch):
+    """Old log-probabilities that rounding has moved clip nothing: the kernels that train compute them anew."""
+    roll, taken = Roller.roll, []
+
+    def roll_and_round(self, epoch, check):
+        rollouts, worth = roll(self, epoch, check)
+        exact = [values.clone() for values in rollouts.log_probs]
+        for values in rollouts.log_probs:
+            values.add_(torch.where(torch.arange(len(values)) % 2 > 0, 4e-3, -4e-3))
+        taken.append((rollouts, exact))
+        return rollouts, worth
+
+    monkeypatch.setattr(Roller, "roll", roll_and_round)
+    settings = {"rl_config__clip_range": 1e-3, "rl_config__ratio_tolerance": 5e-3, "optimizer_config__lr": 1e-6}
+    assert train(folder, tmp_path, **settings, rl_config__train_batch_size=2) == 0
+    log = lines_of(tmp_path / "train_log.jsonl")
+    assert all(line["clip_fraction"] == 0 for line in log)
+    assert all(0.003 < line["ratio_before"] < 0.005 for line in log)
+    for rollouts, exact in taken:
+        for values, wanted in zip(rollouts.log_probs, exact, strict=True):
+            torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)

@@ -152,7 +152,7 @@ class Training:
         self.held_out = HeldOut(
             self.c, videos, policy, job.eval_prompts, shift, config.seed, self.folder, launch, rank, ranks
         )
-        self.progress, self.trackers, self.warned = Progress(), trackers, False
+        self.progress, self.trackers = Progress(), trackers
         self.state = make_state(config, self.transformer, self.progress)
         self.settings = step_settings(config)
         exact = job.plan.dtypes.transformer == torch.float32 and job.plan.eight_bits == "none"
@@ -243,13 +243,6 @@ class Training:
             places = best_and_worst(worth.rewards[own], groups, self.c.best_of_n).tolist()
         facts = self.facts(worth, everyone)
         self.updater.update(rollouts, places, everyone[own], facts, log, check)
-        if self.updater.deviation > self.c.clip_range / 2 and not self.warned:
-            self.warned = True
-            self.say(
-                f"warning: rounding alone moves ratios by {self.updater.deviation:.1e}, and clip_range is "
-                f"{self.c.clip_range:g}: after an epoch's first update it clips by chance; set "
-                "rl_config.exact_rollouts=true, train_batch_size as sample_batch_size, or a larger clip_range"
-            )
         seconds = self.roller.seconds | {"training": time.perf_counter() - start}
         self.note(worth, rollouts)
         self.progress.seconds += sum(seconds.values())

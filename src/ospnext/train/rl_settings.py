@@ -117,7 +117,7 @@ class GRPOConfig(Config):
     ratio_tolerance: float | None = Field(
         default=None,
         gt=0,
-        description="how far the ratio may be from 1 before an update; default: clip_range, 1e-3 or more below float32",
+        description="how far the ratio may be from 1 before an update; default: clip_range, 5e-3 or more below float32",
     )
     exact_rollouts: bool = Field(
         default=False, description="roll out with the kernels that train: slower on CUDA, and ratios nearer to 1"
@@ -127,7 +127,7 @@ class GRPOConfig(Config):
         """How far the ratio may be from 1 before an update, where the base is in float32 (``exact``) or not."""
         if self.ratio_tolerance is not None:
             return self.ratio_tolerance
-        return self.clip_range if exact else max(self.clip_range, 1e-3)
+        return self.clip_range if exact else max(self.clip_range, 5e-3)
 
     @property
     def guided(self) -> bool:

@@ -2,7 +2,8 @@
 
 Before the first update of an epoch the model is the one that rolled it out, so that every probability ratio is 1 but
 for rounding. Where it is not, training would follow numbers that mean nothing: the run stops and says what differs.
-Within the bound rounding is divided out of that update: its own log-probabilities become the old ones.
+Within the bound rounding is divided out: the log-probabilities of the kernels that train become the old ones, else
+rounding would clip, now and then, what no update has moved.
 """
 
 import math
@@ -91,12 +92,22 @@ class Updater:
                     while self._anchors:
                         step, part, values = self._anchors.pop()
                         rollouts.log_probs[step][part] = values
+                    if self.deviation > 0:
+                        self._anchor(rollouts, parts[i + together :], steps)
                     log.add_facts(facts)
                     first = False
                 total.pop("deviation", None)
                 take_step(self.state, self.settings, total)
                 self.state.step += 1
                 log.add(total)
+
+    def _anchor(self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range) -> None:
+        """Make the old log-probabilities of parts those of the kernels that train; all processes call it together."""
+        for part in parts:
+            text = rollouts.text.rows(part)
+            for step in steps:  # with gradients, whose kernels are meant, but nothing goes back
+                now = step_at(self.config, self.policy, rollouts, step, text, rollouts.states[step][part])
+                rollouts.log_probs[step][part] = log_prob(rollouts.states[step + 1][part], now.step).detach()
 
     def _gradients(
         self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, advantages: Tensor, first: bool
