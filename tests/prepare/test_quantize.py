@@ -1,6 +1,7 @@
 """8-bit checkpoints: half the size, the same results, readable everywhere, refused when damaged."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ospnext.checkpoints.components import pipeline_folder
 from ospnext.checkpoints.load import load_transformer
+from ospnext.checkpoints.lora_files import Adapter, Pair
+from ospnext.checkpoints.merge import merge_transformer
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import save_transformer
 from ospnext.cli import main
@@ -32,6 +35,7 @@ HIF8 = {"quant": "hif8", "quant_attn": "hif8"}
 FILE = "diffusion_pytorch_model.safetensors"
 LINEAR = "blocks.1.ffn.0"
 RUNNING = "model_config.quant_scaling=running"
+FEWER = (({"quant": "none"}, 24), ({"quant_attn": "none"}, 120), ({"quant_keep": ("blocks.1.*",)}, 132))
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +264,63 @@ def test_calibrated_running_numbers(calibrated: Path, tmp_path: Path, capsys: py
     assert all(numbers.equal(again.state_dict()[name]) for name, numbers in buffers(model).items())
 
 
+def test_running_numbers_serve_fewer_layers_than_were_measured_and_no_others(
+    calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = calibrated / "transformer"
+    for fewer, count in FEWER:
+        assert len(holders(load_transformer(place, quant=fewer))) == count
+    kept = tmp_path / "kept"
+    assert main(["quantize", str(calibrated), str(kept), "model_config.quant_keep=[blocks.1.*]"]) == 0
+    assert len(holders(load_transformer(kept / "transformer"))) == 132
+    with pytest.raises(CheckpointError, match=r"no blocks\.1.*hif8_amax.* knows only the layers that were quantised"):
+        load_transformer(kept / "transformer", quant={"quant_keep": ()})
+    capsys.readouterr()
+    assert main(["quantize", str(kept), str(tmp_path / "all"), "model_config.quant_keep=[]"]) == 2
+    assert "nothing is known of its layers' numbers (no blocks.1" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_running_numbers_go_along_into_the_osp_format(calibrated: Path, tmp_path: Path) -> None:
+    place = calibrated / "transformer"
+    convert(place, tmp_path / "plain", "osp", torch.bfloat16)
+    known = buffers(load_transformer(place))
+    base = load_transformer(tmp_path / "plain")
+    pair = Pair(torch.ones(2, 192), torch.ones(192, 2), 2.0)
+    merge_transformer(tmp_path / "plain", Adapter({"blocks.1.self_attn.q": pair}), tmp_path / "merged")
+    for numbers in (buffers(base), buffers(load_transformer(tmp_path / "merged"))):
+        assert numbers.keys() == known.keys()
+        assert all(numbers[name].equal(value) for name, value in known.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_damaged_running_numbers_are_refused_by_name(
+    calibrated: Path, tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    state = load_file(calibrated / "transformer" / FILE)
+    state[f"{LINEAR}.{AMAX}"][0] = value
+    save_file(state, bad / FILE)
+    (bad / "config.json").write_bytes((calibrated / "transformer" / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{LINEAR}\.{AMAX} holds .*damaged"):
+        load_transformer(bad)
+    assert main(["quantize", str(bad), str(tmp_path / "out")]) == 2
+    assert f"{LINEAR}.{AMAX} holds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model_config.quant_scaling=running"], "nothing is known of its layers' numbers: name calibration.prompts"),
+        ([RUNNING], "nothing is known of its layers' numbers (no"),
+        ([RUNNING, "calibration.prompts=nowhere/prompts.txt"], "nowhere/prompts.txt: No such file"),
+        ([RUNNING, "calibration.prompts=."], "prompt file . is a folder"),
+        ([RUNNING, "calibration.prompts=' '"], "calibration.prompts is empty"),
+        (["calibration.height=64"], "height without prompts: give calibration.prompts"),
+        (
+            ["model_config.quant_keep=['blocks.*.ffn.*', '*_attn.?']"],
+            "keeps every linear: there is nothing",
+        ),
         (["calibration.prompts=a star"], "is of model_config.quant_scaling=running: name both"),
         (
             ["model_config.quant_scaling=running", "calibration.prompts=a star", "src={plain}"],

@@ -40,7 +40,7 @@ from ospnext.checkpoints.quantised import check_stored, decoded, put_quantisatio
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.quant.apply import quantize
-from ospnext.quant.running import AMAX
+from ospnext.quant.running import AMAX, buffers
 from ospnext.quant.settings import recipe
 
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -108,12 +108,19 @@ def load_transformer(
             f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it, or measured by "
             "`ospnext quantize` (calibration.prompts)"
         )
-    ignore = set() if running else known
     later = running and not known  # they start at nothing, which no file needs to say
     if config is None or later:
         weights = decoded(weights)
     else:
         weights = put_quantisation(model, weights, said, config, in_8_bits=not trainable and shard is None)
+    needed = buffers(model).keys()
+    if unknown := [name for name in needed if name not in known]:
+        raise CheckpointError(
+            f"{weights.source}: no {list_names(unknown, 3)}: quant_scaling running knows only the layers that were "
+            "quantised then: keep these in plain numbers (quant_keep, quant_attn=none), use quant_scaling=tensor, or "
+            "measure them by `ospnext quantize` (calibration.prompts)"
+        )
+    ignore = known - needed
     if shard is None:
         fill(model, weights, name_of, dtype, torch.device(device), progress, ignore=ignore)
         check_stored(model, weights.source)

@@ -18,7 +18,7 @@ from ospnext.checkpoints.formats import read_settings
 from ospnext.checkpoints.load import load_transformer, open_transformer
 from ospnext.checkpoints.lora import linear_shapes
 from ospnext.checkpoints.lora_files import Adapter, Pair
-from ospnext.checkpoints.quantised import running_names, said_of, stored_linears
+from ospnext.checkpoints.quantised import carried, running_names, said_of, stored_linears
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, read_json
 from ospnext.checkpoints.save import Source, write_checkpoint
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -57,6 +57,9 @@ def merge_transformer(
     deltas = _deltas(model, adapter, scale)
     stored = {names[file]: file for file in weights.tensors if file in names}
     tensors = {name: weights.tensors[file_name] for name, file_name in stored.items()}
+    to = _format_of(weights.source)
+    running = carried(weights, to)
+    stored, tensors = stored | {name: name for name in running}, tensors | running
     done = 0
     with weights.opened() as read:
 
@@ -69,7 +72,7 @@ def merge_transformer(
             return x if name not in deltas else _sum(x, deltas[name]())
 
         source = Source(settings | said_of(weights.source), tensors, get)
-        write_checkpoint(source, dst, _format_of(weights.source), max_shard_size, overwrite)
+        write_checkpoint(source, dst, to, max_shard_size, overwrite)
     return len(deltas)
 
 

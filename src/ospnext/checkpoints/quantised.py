@@ -19,7 +19,7 @@ from ospnext.ops import hif8
 from ospnext.quant.apply import matching, quantize
 from ospnext.quant.config import QuantConfig
 from ospnext.quant.linear import SCALE, HiF8StoredLinear
-from ospnext.quant.running import AMAX, SEEN
+from ospnext.quant.running import AMAX, SEEN, buffers
 from ospnext.quant.settings import read_keys
 
 _WEIGHT = "weight"
@@ -123,15 +123,35 @@ def check_codes(name: str, codes: torch.Tensor, scale: torch.Tensor, source: obj
 
 
 def check_stored(model: nn.Module, source: object) -> None:
-    """``check_codes`` of every weight that a loaded model holds in 8 bits."""
+    """``check_codes`` of every weight that a loaded model holds in 8 bits, ``check_running`` of all running numbers."""
     for name, module in model.named_modules():
         if isinstance(module, HiF8StoredLinear) and not module.weight.is_meta:
             check_codes(f"{name}.{_WEIGHT}", module.weight, module.get_buffer(SCALE), source)
+    for name, numbers in buffers(model).items():
+        if not numbers.is_meta:
+            check_running(name, numbers, source)
+
+
+def check_running(name: str, numbers: torch.Tensor, source: object) -> None:
+    """Refuse running largest numbers that are none: they were damaged.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+        raise CheckpointError(f"{source}: {name} holds {numbers.tolist()}: damaged, make it anew")
 
 
 def running_names(weights: Weights) -> set[str]:
     """Names of the running largest numbers in the files."""
     return {name for name in weights.tensors if name.rpartition(".")[2] in (AMAX, SEEN)}
+
+
+def carried(weights: Weights, to: str) -> dict[str, TensorInfo]:
+    """The running largest numbers that a copy in the format ``to`` takes along: in float32, and only where its
+    config.json says what they are for.
+    """
+    return {name: weights.tensors[name] for name in sorted(running_names(weights)) if to == "osp"}
 
 
 def put_quantisation(

@@ -51,7 +51,7 @@ class EvaluateShapesConfig(Config):
         "large", description="which scenes; the embedded model knows large ones"
     )
     num_prompts: int = Field(512, ge=1, le=10**6, description="held-out prompts")
-    seed: int = Field(1, ge=0, description="of prompts and noise")
+    seed: int = Field(1, ge=0, lt=2**63, description="of prompts and noise")
     batch_size: int = Field(16, ge=1, description="videos at once")
     num_inference_steps: Steps | None = Field(None, description="default: the model's")
     guidance_scale: Guidance | None = Field(None, description="default: the model's")

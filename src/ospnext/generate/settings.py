@@ -202,11 +202,19 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         raise ConfigError(
             "no prompt: give --prompt TEXT, --prompts FILE, or one of the keys prompt, prompts, prompt_txt"
         )
-    if not _is_file(config.prompt_txt):
-        if not config.prompt_txt.strip():
-            raise ConfigError("prompt_txt is empty: give a file or a prompt")
-        return [config.prompt_txt]
-    return read_prompt_file(config.prompt_txt)
+    return prompts_in("prompt_txt", config.prompt_txt)
+
+
+def prompts_in(key: str, text: str) -> list[str]:
+    """The prompts of a file that a key names, else the one prompt that it is.
+
+    Raises:
+        ConfigError: it is blank, or as ``read_prompt_file``.
+        FileNotFoundError, PermissionError: as there.
+    """
+    if not text.strip():
+        raise ConfigError(f"{key} is empty: give a file or a prompt")
+    return read_prompt_file(text) if _is_file(text) else [text]
 
 
 def output_folder(output_dir: str, prompts: Sequence[str]) -> Path:
@@ -241,7 +249,7 @@ def read_prompt_file(path: str | Path) -> list[str]:
 
 
 def _is_file(text: str) -> bool:
-    """Whether ``prompt_txt`` means a file. A long prompt is no valid file name: then it is a prompt."""
+    """Whether a text means a file. A long prompt is no valid file name: then it is a prompt."""
     if text.endswith(".txt"):
         return True
     try:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
-from ospnext.checkpoints.quantised import decoded, running_names, said_of
+from ospnext.checkpoints.quantised import carried, decoded, running_names, said_of
 from ospnext.checkpoints.read import CheckpointError
 from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
@@ -77,6 +77,8 @@ def convert(
     names = match_names(model, weights, name_of, running_names(weights))
     stored = {names[file]: file for file in weights.tensors if file in names}  # in the order of the files
     tensors = {name: weights.tensors[file_name].cast(dtype) for name, file_name in stored.items()}
+    running = carried(weights, to)
+    stored, tensors = stored | {name: name for name in running}, tensors | running
     with weights.opened() as read:
         source = Source(settings | said, tensors, lambda name: read(stored[name]).to(tensors[name].dtype))
         write_checkpoint(source, target, to, max_shard_size, overwrite)

@@ -21,17 +21,18 @@ from torch import nn
 from ospnext.checkpoints.components import not_inside, pipeline_beside, pipeline_folder
 from ospnext.checkpoints.fill import match_names
 from ospnext.checkpoints.load import open_transformer
-from ospnext.checkpoints.quantised import decoded, running_names, said_of
-from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo, Weights
+from ospnext.checkpoints.quantised import check_running, decoded, running_names, said_of
+from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo, Weights, list_names
 from ospnext.checkpoints.save import Source, check_target, write_checkpoint
 from ospnext.config import Config
 from ospnext.device import resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops import hif8
-from ospnext.prepare.calibrate import CalibrationConfig, calibrate
-from ospnext.quant.apply import matching
+from ospnext.prepare.calibrate import CalibrationConfig, calibrate, read_prompts
+from ospnext.quant.apply import matching, quantize
 from ospnext.quant.config import QuantConfig
 from ospnext.quant.linear import SCALE, encode_weight
+from ospnext.quant.running import buffers
 from ospnext.quant.settings import quant_keys, recipe, saved_keys
 from ospnext.sections import DType, ModelConfig
 
@@ -48,6 +49,10 @@ class QuantizeConfig(Config):
         default_factory=ModelConfig, alias="model_config", description="settings that src does not give, and the recipe"
     )
     calibration: CalibrationConfig = CalibrationConfig()
+
+
+Measure = Callable[[], Mapping[str, torch.Tensor]]
+"""Gives running numbers by name."""
 
 
 class Written(NamedTuple):
@@ -69,21 +74,20 @@ def run(config: QuantizeConfig) -> str:
         raise CheckpointError("model_config.quant is none: there is nothing to quantise, use ospnext convert")
     not_inside(target, source)
     settings = config.transformer_config.architecture()
-    measured: dict[str, torch.Tensor] = {}
+    measure: Measure | None = None
     if config.calibration.prompts is not None:
         if chosen.scaling != "running":
             raise CheckpointError("calibration.prompts is of model_config.quant_scaling=running: name both, or neither")
         if not whole:
             raise CheckpointError(f"{source}: calibration samples, and so needs a pipeline folder (model_index.json)")
-        if not config.overwrite and target.exists():
-            raise CheckpointError(f"{target} is there already: choose another dst, or give overwrite=true")
-        measured = calibrate(source, config.calibration, chosen, settings)
+        prompts = read_prompts(config.calibration)
+        measure = lambda: calibrate(source, prompts, config.calibration, chosen, settings)  # noqa: E731
     dtype = None if config.dtype is None else resolve_dtype(config.dtype)
     options = (chosen, dtype, config.max_shard_size)
     if whole:
         with pipeline_beside(source, target, config.overwrite) as folder:
             written = quantize_transformer(
-                source / "transformer", folder / "transformer", *options, running=measured, **settings
+                source / "transformer", folder / "transformer", *options, measure=measure, **settings
             )
     else:
         check_target(target, "osp", config.overwrite)
@@ -98,7 +102,7 @@ def quantize_transformer(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
-    running: Mapping[str, torch.Tensor] | None = None,
+    measure: Measure | None = None,
     **overrides: Any,
 ) -> Written:
     """Write a transformer's checkpoint with the recipe's linears in 8 bits.
@@ -109,10 +113,12 @@ def quantize_transformer(
         target, max_shard_size, overwrite: as in ``save_transformer``.
         config: the recipe.
         dtype: of all other floating point; None keeps it.
-        running: where the recipe scales so, the running numbers by name; else those that ``source`` was trained with.
+        measure: where the recipe scales so, gives the running numbers by name, and is asked once all else is known to
+            be right; None takes those that ``source`` was trained with.
 
     Raises:
-        CheckpointError: ``source`` cannot be loaded, ``target`` must not be written, or a weight is NaN or infinite.
+        CheckpointError: ``source`` cannot be loaded, ``target`` must not be written, a weight is NaN or infinite, or
+            the recipe keeps all linears.
         ValueError: a pattern of the recipe matches nothing.
     """
     settings, weights, name_of = open_transformer(source, **overrides)
@@ -121,8 +127,14 @@ def quantize_transformer(
     with torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
     names = match_names(model, weights, name_of, running_names(weights))
-    running = _running(config, weights, running)
     linears = {name for name in matching(model, config) if isinstance(model.get_submodule(name), nn.Linear)}
+    if not linears:
+        raise CheckpointError(
+            f"model_config.quant_keep ({', '.join(config.keep)}) keeps every linear: there is nothing to quantise, use "
+            "ospnext convert"
+        )
+    quantize(model, config)
+    running = _running(buffers(model), weights, measure)
     tensors: dict[str, TensorInfo] = {}
     stored: dict[str, str] = {}
     for file_name in (name for name in weights.tensors if name in names):
@@ -143,25 +155,31 @@ def quantize_transformer(
     return Written(before, after, sorted(encoder.errors.items(), key=lambda item: -item[1]))
 
 
-def _running(
-    config: QuantConfig, weights: Weights, measured: Mapping[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """The running numbers to be written: as measured, else the file's own; none where the recipe needs none.
+def _running(needed: Mapping[str, torch.Tensor], weights: Weights, measure: Measure | None) -> dict[str, torch.Tensor]:
+    """The running numbers to be written: as measured, else the file's own.
+
+    Args:
+        needed: their names and shapes; none where the recipe needs none.
+        weights: the source's.
+        measure: as ``quantize_transformer``.
 
     Raises:
-        CheckpointError: it needs some, and nobody has them.
+        CheckpointError: nobody has them, or they are damaged.
     """
-    if config.scaling != "running":
-        return {}
-    if measured:
-        return dict(measured)
-    with weights.opened() as read:
-        found = {name: read(name).float() for name in running_names(weights)}
-    if not found:
+    if measure is not None:
+        return dict(measure())
+    if unknown := [name for name in needed if name not in weights.tensors]:
         raise CheckpointError(
-            f"{weights.source}: quant_scaling is running, but nothing is known of its layers' numbers: name "
-            "calibration.prompts to measure them, or use quant_scaling=tensor"
+            f"{weights.source}: quant_scaling is running, but nothing is known of its layers' numbers (no "
+            f"{list_names(unknown, 3)}): name calibration.prompts to measure them, or use quant_scaling=tensor"
         )
+    found = {}
+    with weights.opened() as read:
+        for name, like in needed.items():
+            found[name] = read(name).float()
+            check_running(name, found[name], weights.source)
+            if found[name].shape != like.shape:
+                raise CheckpointError(f"{weights.source}: {name} holds {found[name].tolist()}, not {len(like)} numbers")
     return found
 
 
