@@ -43,6 +43,14 @@ PLUGIN = """
 
     def process(device):
         return lambda videos, prompts, metadata: [float(os.getpid())] * len(prompts)
+
+    def broken(device):
+        raise RuntimeError("no weights")
+
+    def leaving(device):
+        def reward(videos, prompts, metadata):
+            raise SystemExit(0)
+        return reward
 """
 
 
@@ -55,6 +63,7 @@ def plugin(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiresome\nVersion: 1\n")
     (about / "entry_points.txt").write_text(
         "[ospnext.rewards]\ntiresome = tiresome:Tiresome\ndeadly = tiresome:deadly\nprocess = tiresome:process\n"
+        "broken = tiresome:broken\nleaving = tiresome:leaving\nabsent = tiresome:absent\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     import tiresome
@@ -91,6 +100,19 @@ def test_what_fails_for_good_is_no_number_and_ends_nothing(plugin, caplog):
     assert each["motion"].isfinite().all()
     assert "reward tiresome failed 3 times on a batch" in caplog.text
     assert "not today" in caplog.text
+
+
+def test_a_reward_that_exits_has_failed(plugin):
+    rewards = RewardSet({"leaving": 1.0})
+    assert all(map(math.isnan, rewards(*batch(2)).total.tolist()))
+    assert rewards.failures == {"leaving": ATTEMPTS}
+
+
+def test_a_reward_that_cannot_be_had_is_named(plugin):
+    with pytest.raises(ValueError, match="reward 'broken' cannot be made: RuntimeError: no weights"):
+        RewardSet({"broken": 1.0})
+    with pytest.raises(ValueError, match="reward 'absent' cannot be imported: AttributeError"):
+        check_reward("absent", {})
 
 
 def test_a_reward_of_its_own_process_may_die(plugin):

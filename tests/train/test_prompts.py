@@ -29,8 +29,16 @@ def test_scenes_of_a_world():
     assert all(is_held_out(Scene.from_dict(p.metadata["scene"])) for p in unseen)
     assert read_prompts("shapes:large:12", 3, False) == seen
     json.dumps([p.metadata for p in seen])
-    with pytest.raises(ConfigError, match="shapes:large"):
-        read_prompts("shapes:tiny", 0)
+    for name in ("shapes:tiny", "shapes:large:0"):
+        with pytest.raises(ConfigError, match=f"{name}' is no world: write shapes:large"):
+            read_prompts(name, 0)
+
+
+@pytest.mark.parametrize("prompt", ["5", "null", '["a"]', '" "', "[" * 100_000], ids=lambda text: text[:6])
+def test_a_prompt_in_json_is_a_text(tmp_path, prompt):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": {prompt}}}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1: not"):
+        read_prompts(str(tmp_path / "a.jsonl"), 0)
 
 
 def test_every_prompt_comes_once_before_any_comes_again():

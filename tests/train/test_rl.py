@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +26,14 @@ from ospnext.config import load_config
 from ospnext.config_keys import key_rules
 from ospnext.media import read_video
 from ospnext.parallel.launch import Launch
-from ospnext.parallel.state import newest
+from ospnext.parallel.state import StateWriter, newest
+from ospnext.rewards.simple import Brightness
 from ospnext.train.held_out import suspicions
 from ospnext.train.rl import advantages_of
 from ospnext.train.rl_parts import settle
 from ospnext.train.rl_settings import RLConfig
 from ospnext.train.rollout import Roller, Worth
+from ospnext.train.state import TrainState
 
 SEED = Path(__file__).parents[1] / "data/seed_rl.yaml"
 
@@ -179,6 +182,16 @@ def test_osp_nexts_own_folder_goes_on_with_its_clipper_and_epoch(folder, tmp_pat
     assert record["clipper"]["mean"] > 0
 
 
+@pytest.mark.parametrize("epoch", ["-2", "Infinity", '"two"'])
+def test_a_training_state_that_cannot_be_is_named(folder, tmp_path, capsys, epoch):
+    assert train(folder, tmp_path / "first", num_epochs=1, rl_config__eval_prompt_file=None) == 0
+    old = tmp_path / "first/lora-checkpoint-2"
+    shutil.rmtree(old / "iter_000000002")
+    (old / "rl_training_state.json").write_text(f'{{"global_step": 2, "next_epoch": {epoch}}}')
+    assert train(folder, tmp_path / "second", lora_config__lora_path=old, rl_config__eval_prompt_file=None) == 2
+    assert f"{old}: its training state cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_the_reward_rises(folder, tmp_path):
     """By more than the deviation that videos had at the start, on training's prompts and on others."""
@@ -226,7 +239,56 @@ def test_cheating_is_suspected_where_the_reward_rises_and_a_watched_one_falls(fo
 
 def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys):
     assert train(folder, tmp_path, rl_config__reward_fn="{shapes: 1.0}", rl_config__eval_prompt_file=None) == 2
-    assert "not one of epoch 0's 8 videos could be scored" in capsys.readouterr().err
+    assert "not one of epoch 0's 8 videos could be scored: shapes gave no number" in capsys.readouterr().err
+
+
+def test_videos_that_are_no_numbers_are_not_a_rewards_fault(folder, tmp_path, capsys):
+    settings = {"optimizer_config__lr": 1e30, "rl_config__eval_prompt_file": None}
+    assert train(folder, tmp_path, **settings) == 2
+    assert "8 of them hold NaN or infinity, which a lower optimizer_config.lr" in capsys.readouterr().err
+
+
+def test_infinite_rewards_are_no_numbers_in_the_log(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Brightness, "__call__", lambda self, videos, *_: [math.inf, *range(len(videos) - 1)])
+    assert train(folder, tmp_path, num_epochs=1, rl_config__eval_prompt_file=None) == 0
+    (line,) = lines_of(tmp_path / "rewards.jsonl")
+    assert [prompt["rewards"] for prompt in line["prompts"]] == [[None, 0, 1, 2]] * 2
+
+
+def test_another_alpha_is_another_run(folder, tmp_path, capsys):
+    """The tensors of its state have the same shapes, and mean something else."""
+    assert train(folder, tmp_path, num_epochs=1, rl_config__eval_prompt_file=None) == 0
+    assert train(folder, tmp_path, lora_config__alpha=99, rl_config__eval_prompt_file=None) == 2
+    assert "lora_config.alpha is 99 here, but 8 there" in capsys.readouterr().err
+    assert not (tmp_path / "iter_000000004").exists()
+
+
+def test_a_run_that_is_killed_before_its_state_has_written_its_checkpoint(folder, tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def kill(state: TrainState, writer: StateWriter) -> None:
+        if state.step == 2 and writer.folder == tmp_path:
+            raise KilledError
+        save(state, writer)
+
+    save = TrainState.save
+    settings = {"save_interval": 1, "rl_config__eval_prompt_file": None, "num_epochs": 2}
+    monkeypatch.setattr(TrainState, "save", kill)
+    with pytest.raises(KilledError):
+        train(folder, tmp_path, **settings)
+    assert newest(tmp_path) is None
+    monkeypatch.undo()
+    assert train(folder, tmp_path, **settings) == 0
+    assert (tmp_path / "lora-checkpoint-2/adapter_model.safetensors").exists()
+    assert [line["epoch"] for line in lines_of(tmp_path / "rewards.jsonl")] == [0, 1]
+
+
+def test_a_log_of_somebody_elses_is_named(folder, tmp_path, capsys):
+    (tmp_path / "rewards.jsonl").write_text('{"theirs": 1}\n')
+    assert train(folder, tmp_path, rl_config__eval_prompt_file=None) == 2
+    assert "rewards.jsonl, line 1: no line of this log" in capsys.readouterr().err
+    assert (tmp_path / "rewards.jsonl").read_text() == '{"theirs": 1}\n'
 
 
 @pytest.mark.parametrize(
@@ -241,6 +303,10 @@ def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys):
         ({"lora_config__target_modules": "[self_attn.x]"}, "self_attn.x"),
         ({"reward_config__options": "{motion: {}}"}, "names motion, which reward_fn and watch_fn do not"),
         ({"weight_dtype": "fp16"}, "training needs bf16's range"),
+        ({"reward_config__device": "moon"}, "device 'moon' is not known"),
+        ({"reward_config__separate": "[motion]"}, "separate names motion, which reward_fn and watch_fn do not"),
+        ({"rl_config__reward_fn": "{brightness: 0.0}"}, "nothing is optimised"),
+        ({"rl_config__num_inference_steps": 10**9}, "rl_config.num_inference_steps is 1000000000"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_rolled_out(folder, tmp_path, capsys, settings, said):

@@ -14,8 +14,9 @@ import difflib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -65,13 +66,29 @@ def find_factory(name: str) -> Callable[..., Reward]:
         return resolve_name(BUILT_IN[name])
     offered = entry_points(group=GROUP)
     if name in offered.names:
-        return offered[name].load()
+        with _named(name, "be imported"):
+            return offered[name].load()
     known = [*BUILT_IN, *sorted(offered.names)]
     near = difflib.get_close_matches(name, known, 1)
     raise ValueError(
         f"reward {name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else "") + f" There are "
         f"{', '.join(known)}; a package offers its own as an entry point of {GROUP}"
     )
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Have what a reward's own code raises name the reward; bad input and lack of memory say enough by themselves.
+
+    Raises:
+        ValueError: in place of anything else.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {name!r} cannot {what}: {type(error).__name__}: {error}") from error
 
 
 def check_reward(name: str, options: Mapping[str, Any]) -> None:
@@ -117,9 +134,11 @@ class RewardSet:
         self._rewards: dict[str, Reward] = {}
         for name in self.weights:
             own = dict((options or {}).get(name, {}))
-            self._rewards[name] = (
-                SeparateReward(name, own, device) if name in separate else find_factory(name)(device=device, **own)
-            )
+            factory = find_factory(name)
+            with _named(name, "be made"):
+                self._rewards[name] = (
+                    SeparateReward(name, own, device) if name in separate else factory(device=device, **own)
+                )
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scored:
         """Score a batch; no failure of a reward is one of this call.
@@ -146,11 +165,11 @@ class RewardSet:
     def _try(
         self, name: str, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> dict[str, Tensor]:
-        problem: Exception | None = None
+        problem: BaseException | None = None
         for _ in range(ATTEMPTS):
             try:
                 return as_parts(self._rewards[name](videos, prompts, metadata), len(prompts))
-            except Exception as error:  # a user's reward may raise anything, and the run shall live
+            except (Exception, SystemExit) as error:  # a user's reward may raise anything, and the run shall live
                 self.failures[name] += 1
                 problem = error
         logger.warning(

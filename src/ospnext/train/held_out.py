@@ -153,15 +153,21 @@ def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GR
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log in JSON; the rest of one that was not written to its end is left out."""
+    """The lines of a log in JSON; what was not written to its end is left out.
+
+    Raises:
+        ValueError: the file is another's.
+    """
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             lines.append(json.loads(line))
         except ValueError:
-            break
+            continue
+        if not isinstance(lines[-1], dict) or "epoch" not in lines[-1]:
+            raise ValueError(f"{path}, line {number}: no line of this log ({line[:80]}): move the file away")
     return lines
 
 

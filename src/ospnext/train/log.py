@@ -180,7 +180,7 @@ def cut_log(path: Path, step: int) -> None:
     """Take out the lines after ``step``: a run that was killed lost these steps, and they come again."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if kept != lines:
         draft = path.with_name(f".{path.name}.tmp")

@@ -47,15 +47,18 @@ def read_prompts(path: str, seed: int, held_out: bool = False) -> list[Prompt]:
     for number, line in enumerate(read_prompt_file(path), start=1):
         try:
             values = json.loads(line)
-            prompts.append(Prompt(str(values.pop("prompt")), values))
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            text = values.pop("prompt").strip()
+            if not text:
+                raise ValueError("blank")
+            prompts.append(Prompt(text, values))
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f'{path}, line {number}: not {{"prompt": "...", ...}}: {line[:80]}') from error
     return prompts
 
 
 def _draw_scenes(name: str, seed: int, held_out: bool) -> list[Prompt]:
     _, world, *more = name.split(":")
-    if world not in WORLDS or len(more) > 1 or (more and not more[0].isdecimal()):
+    if world not in WORLDS or len(more) > 1 or (more and not (more[0].isdecimal() and int(more[0]))):
         raise ConfigError(f"{name!r} is no world: write shapes:{'|'.join(WORLDS)}, and :NUMBER for so many scenes")
     rng = np.random.default_rng(seed)
     count = int(more[0]) if more else SCENES[held_out]

@@ -10,6 +10,7 @@ run that was never interrupted.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from ospnext.assemble import Crew
 from ospnext.checkpoints.fill import progress_bar as loading_bar
-from ospnext.checkpoints.lora import describe_adapter
+from ospnext.checkpoints.lora import alphas_of, describe_adapter
 from ospnext.config import dump_yaml
-from ospnext.device import device_label, dtype_label, resolve_dtype
+from ospnext.device import device_label, dtype_label, resolve_device, resolve_dtype
 from ospnext.generate.manifest import only_run, write_text
 from ospnext.generate.run import make_folder
 from ospnext.ops.attention import describe_kernel
@@ -47,7 +48,7 @@ from ospnext.train.rl_save import resume_from, save_checkpoint
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
 from ospnext.train.rl_update import Updater
 from ospnext.train.rollout import Roller, Rollouts, StoppedError, Videos, Worth
-from ospnext.train.state import TrainState, latest
+from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
 
 REWARDS = "rewards.jsonl"
@@ -124,7 +125,7 @@ def make_rewards(config: RLConfig, job: Job) -> RewardSet:
     return RewardSet(
         c.reward_fn | dict.fromkeys(c.watch_fn, 0.0),
         made.options,
-        job.device if made.device is None else torch.device(made.device),
+        job.device if made.device is None else resolve_device(made.device),
         made.separate,
     )
 
@@ -185,11 +186,11 @@ class Training:
                     done = progress.epoch == config.num_epochs
                     if progress.epoch % self.c.eval_freq == 0 or done or time.monotonic() >= deadline:
                         self.evaluate(log)
-                    if progress.epoch % config.state_interval == 0 or done:
-                        state.save(writer)
                     if progress.epoch % config.save_interval == 0 and not done:
                         writer.finish()
-                        self.checkpoint()
+                        self.checkpoint()  # before the state: a run that is killed between comes back to this epoch
+                    if progress.epoch % config.state_interval == 0 or done:
+                        state.save(writer)
                 state.save(writer)
                 writer.finish()
                 saved = f"; adapter in {self.checkpoint()}"
@@ -232,8 +233,8 @@ class Training:
         start = time.perf_counter()
         if not bool(worth.rewards.isfinite().any()):
             self.refuse(
-                f"not one of epoch {self.progress.epoch}'s {len(worth.rewards)} videos could be scored: see the "
-                "warnings above; the newest state is untouched"
+                f"not one of epoch {self.progress.epoch}'s {len(worth.rewards)} videos could be scored: "
+                f"{why_unscored(self.c, worth)}; the newest state is untouched"
             )
         everyone = advantages_of(self.c, worth)
         own = torch.tensor(rollouts.samples)
@@ -282,7 +283,9 @@ class Training:
             "prompts": [
                 {
                     "prompt": self.job.prompts[int(worth.prompts[i])].text,
-                    "rewards": [round(r, 5) if r == r else None for r in worth.rewards[i : i + size].tolist()],
+                    "rewards": [
+                        round(r, 5) if math.isfinite(r) else None for r in worth.rewards[i : i + size].tolist()
+                    ],
                 }
                 for i in range(0, len(worth.rewards), size)
             ],
@@ -337,6 +340,7 @@ def make_state(config: RLConfig, transformer: torch.nn.Module, progress: Progres
         MovingAverage(modules, config.ema_decay),
         AdaptiveClipper(config.init_max_grad_norm),
         progress,
+        {ALPHAS: alphas_of(transformer)},
     )
 
 
@@ -355,6 +359,17 @@ def set_rate(state: TrainState, rate: float) -> None:
     """Give all parameters a learning rate."""
     for group in state.optimiser.param_groups:
         group["lr"] = rate
+
+
+def why_unscored(c: GRPOConfig, worth: Worth) -> str:
+    """What is to blame where no sample of an epoch has a reward."""
+    if worth.unsound:
+        return (
+            f"{worth.unsound} of them hold NaN or infinity, which a lower optimizer_config.lr or rl_config.noise_level "
+            "prevents; where the adapter is broken already, remove the newest iter_ folders"
+        )
+    silent = [name for name in c.reward_fn if not bool(worth.each[name].isfinite().any())]
+    return f"{', '.join(silent) or 'their sum'} gave no number (a reward that raises is warned of above)"
 
 
 def advantages_of(c: GRPOConfig, worth: Worth) -> Tensor:

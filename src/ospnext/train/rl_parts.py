@@ -17,6 +17,7 @@ from ospnext.checkpoints.load import load_tokenizer, load_vae
 from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for, linear_shapes
 from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
+from ospnext.device import resolve_device
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import GenerateConfig, SamplerConfig
@@ -63,6 +64,10 @@ def settle(config: RLConfig, launch: Launch) -> Job:
         check_reward(name, config.reward_config.options.get(name, {}))
     if unused := sorted(config.reward_config.options.keys() - {*c.reward_fn, *c.watch_fn}):
         raise ConfigError(f"reward_config.options names {', '.join(unused)}, which reward_fn and watch_fn do not")
+    if unknown := sorted({*config.reward_config.separate} - {*c.reward_fn, *c.watch_fn}):
+        raise ConfigError(f"reward_config.separate names {', '.join(unknown)}, which reward_fn and watch_fn do not")
+    if config.reward_config.device is not None:
+        resolve_device(config.reward_config.device)
     generating, notices = as_generate(config)
     plan = make_plan(generating, device, launch.world)
     sizes = plan.sizes.sizes

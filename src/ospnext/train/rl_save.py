@@ -115,11 +115,13 @@ def resume_from(folder: Path, state: TrainState) -> int | None:
     try:
         said = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         state.step, epoch = int(said["global_step"]), int(said["next_epoch"])
+        if state.step < 0 or epoch < 0:
+            raise ValueError(f"step {state.step}, epoch {epoch}")
         for name in (CLIPPER, OTHER_CLIPPER):
             if (folder / name).is_file():
                 _read_clipper(state.clipper, torch.load(folder / name, map_location="cpu", weights_only=True))
                 break
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise StateError(
             f"{folder}: its training state cannot be read ({error}); name the adapter's file alone"
         ) from error

@@ -43,7 +43,7 @@ class GRPOConfig(Config):
     width: int = Field(default=1280, ge=16, description="pixels")
     num_frames: int = Field(default=81, ge=1, description="frames, 4k+1")
     save_fps: float = Field(default=16, gt=0, description="frames per second that videos are deployed and judged at")
-    num_inference_steps: int = Field(default=20, ge=2, description="steps of a rollout")
+    num_inference_steps: int = Field(default=20, ge=2, le=10_000, description="steps of a rollout")
     guidance_scale: float = Field(default=5.0, ge=0, description="classifier-free guidance, off up to 1")
     guidance_mode: Literal["batched", "sequential"] = Field(
         default="batched", description="both guidance passes at once, or one after the other in less memory"
@@ -105,7 +105,9 @@ class GRPOConfig(Config):
     )
     reward_fn: dict[str, float] = Field(min_length=1, description="weights of rewards by name")
     eval_freq: int = Field(default=10_000, ge=1, description="epochs between evaluations")
-    eval_num_steps: int = Field(default=50, ge=1, description="steps of an evaluation's videos, without noise")
+    eval_num_steps: int = Field(
+        default=50, ge=1, le=10_000, description="steps of an evaluation's videos, without noise"
+    )
     eval_keep: int = Field(default=16, ge=0, description="videos of an evaluation that are kept")
     watch_fn: tuple[str, ...] = Field(
         default=("flicker", "sharpness"), description="rewards that are never optimised, measured at evaluations"
@@ -163,6 +165,8 @@ class GRPOConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not any(self.reward_fn.values()):
+            raise ValueError(f"reward_fn is {self.reward_fn}: nothing is optimised; watch_fn measures alone")
         if both := sorted(set(self.watch_fn) & self.reward_fn.keys()):
             raise ValueError(f"watch_fn names {', '.join(both)}, which reward_fn optimises: watch another reward")
         if self.best_of_n is not None and (self.best_of_n % 2 or self.best_of_n > self.group_size):

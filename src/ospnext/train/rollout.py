@@ -59,12 +59,14 @@ class Worth(NamedTuple):
         each: [S] by name.
         prompts: [S] which prompt each belongs to.
         failures: attempts of rewards that failed since the run began, by name.
+        unsound: samples whose videos hold NaN or infinity.
     """
 
     rewards: Tensor
     each: dict[str, Tensor]
     prompts: Tensor
     failures: dict[str, int]
+    unsound: int = 0
 
 
 class StoppedError(Exception):
@@ -88,6 +90,7 @@ class Videos:
         self.pipe, self.config, self.rewards, self.circle, self.negative = pipe, config, rewards, circle, negative
         self._scoring = ThreadPoolExecutor(1)  # rewards compute while the next videos are sampled
         self._uncond: Tensor | None = None
+        self.unsound = 0  # videos so far that hold NaN or infinity
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """The initial noise of videos, a generator each."""
@@ -121,6 +124,7 @@ class Videos:
     def score(self, videos: Tensor, prompts: Sequence[Prompt]) -> "Future[Scored]":
         """Have videos scored in the background; what is no number in a video makes its scores none."""
         sound = videos.flatten(1).isfinite().all(1).cpu()
+        self.unsound += int((~sound).sum())
         metadata = [prompt.metadata | {"fps": self.config.save_fps} for prompt in prompts]
         texts = [prompt.text for prompt in prompts]
         return self._scoring.submit(self._score, videos.nan_to_num(0.0), texts, metadata, sound)
@@ -178,7 +182,7 @@ class Roller:
             check: called before each batch; may raise ``StoppedError`` on all processes.
         """
         c = self.config
-        start = time.perf_counter()
+        start, unsound = time.perf_counter(), self.videos.unsound
         chosen = groups_of_epoch(epoch, self.groups, len(self.prompts), self.seed)
         samples = share_of(self.rank, self.ranks, self.groups, c.group_size)
         first, random = self.window.place(epoch, c.num_inference_steps)
@@ -198,7 +202,8 @@ class Roller:
         sampled = time.perf_counter()
         mine = [(numbers, strayed, scored.result()) for numbers, strayed, scored in pending]
         self.seconds = {"sampling": sampled - start, "waiting": time.perf_counter() - sampled}
-        return _joined(batches), self._gather(mine, [p for p in chosen for _ in range(c.group_size)])
+        unsound = self.videos.unsound - unsound
+        return _joined(batches), self._gather(mine, unsound, [p for p in chosen for _ in range(c.group_size)])
 
     @torch.no_grad()
     def _roll_batch(
@@ -238,20 +243,20 @@ class Roller:
             sums += divergence(moved.step, base.step, moved.sigma, moved.sigma_next, self.config.kl_convention)
         return (sums / rollouts.levels.random).tolist()
 
-    def _gather(self, mine: list[tuple[list[int], list[float], Scored]], prompts: list[int]) -> Worth:
+    def _gather(self, mine: list[tuple[list[int], list[float], Scored]], unsound: int, prompts: list[int]) -> Worth:
         failures = self.videos.rewards.failures
-        everyone = gather_objects(self.launch, (mine, failures))
-        names = sorted({name for part, _ in everyone for _, _, scored in part for name in scored.each})
+        everyone = gather_objects(self.launch, (mine, failures, unsound))
+        names = sorted({name for part, *_ in everyone for _, _, scored in part for name in scored.each})
         count = len(prompts)
         rewards = torch.full((count,), math.nan, dtype=torch.float64)
         each = {name: rewards.clone() for name in names}
-        for part, _ in everyone:
+        for part, *_ in everyone:
             for numbers, strayed, scored in part:
                 rewards[numbers] = scored.total - self.config.kl_reward * torch.tensor(strayed, dtype=torch.float64)
                 for name, values in scored.each.items():
                     each[name][numbers] = values
-        summed = {name: sum(counts.get(name, 0) for _, counts in everyone) for name in failures}
-        return Worth(rewards, each, torch.tensor(prompts), summed)
+        summed = {name: sum(counts.get(name, 0) for _, counts, _ in everyone) for name in failures}
+        return Worth(rewards, each, torch.tensor(prompts), summed, sum(count for *_, count in everyone))
 
 
 class At(NamedTuple):

@@ -91,7 +91,8 @@ class TrainState:
             raise _foreign(
                 folder, f"it is no {FORMAT}" if record.get("format") != FORMAT else "its data is of another kind"
             )
-        if problem := _other_adapter(record.get("about", {}).get(ALPHAS), self.about.get(ALPHAS)):
+        told = record.get("about")  # states of reinforcement learning once told nothing
+        if told and (problem := _other_adapter(told.get(ALPHAS), self.about.get(ALPHAS))):
             raise _foreign(folder, problem)
         before = None if self.data is None else self.data.state_dict()
         try:
