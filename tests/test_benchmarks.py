@@ -1,6 +1,7 @@
 """The benchmarks run on the CPU at tiny sizes, say what they promise to, and compare like with like."""
 
 import json
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -242,13 +243,16 @@ def save_pipeline(folder: Path) -> None:
     """A tiny random model."""
     torch.manual_seed(0)
     sizes = {"dim": 32, "ffn_dim": 64, "freq_dim": 16, "text_dim": 32, "text_len": 128, "num_heads": 2, "num_layers": 4}
+    transformer = OSPNextTransformer3DModel(**sizes)
+    torch.nn.init.normal_(transformer.head.head.weight, std=0.1)  # else it would draw nothing
     OSPNextPipeline(
-        OSPNextTransformer3DModel(**sizes),
+        transformer,
         VAEArchitecture(base_dim=8, dim_mult=(1, 1, 1)).build(),
         small_text_encoder(32, len(ByT5Tokenizer())),
         ByT5Tokenizer(),
         make_scheduler("euler", 3.0),
         negative_prompt="",
+        defaults={"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0},
     ).save_pretrained(folder)
 
 
@@ -307,3 +311,34 @@ def test_reinforcement_learning_goes_on_and_tells_its_curve(tmp_path: Path) -> N
     (result,) = (line for line in lines if line.get("piece") == "result")
     assert result["ratio_before"] < 1e-4
     assert result["seconds_an_epoch"] > 0
+
+
+def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "start")
+    clip = "data_config.dataset_config"
+    changed = [f"{clip}.sample_height=64", f"{clip}.sample_width=64", f"{clip}.sample_num_frames=5"]
+    changed += [f"{clip}.num_clips=4", "data_config.batch_size=2", "weight_dtype=fp32"]
+    changed += ["model_config.num_full_blocks=0"]
+    words = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "start"), "--device", "cpu", "--videos", "3"]
+    words += ["--sampling-steps", "1", "--batch", "2", "--training-steps", "2"]
+    words += [word for setting in changed for word in ("--set", setting)]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(BENCHMARKS / "hif8_quality.py"), *words, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+    assert run("--seconds", "0").returncode == 3
+    done = run()
+    assert done.returncode == 0, done.stderr
+    lines = records(done.stdout)
+    compared = {line["case"]: line for line in lines if "case" in line}
+    assert list(compared) == ["post", "running", "tuned", "crossed"]
+    assert ["hif8: " in line["settings"][1] for line in compared.values()] == [True, True, True, False]
+    assert "scale by running" in compared["running"]["settings"][1]
+    assert not any("hif8: " in line["settings"][0] for line in compared.values())
+    assert all(line["videos"] == 3 and math.isfinite(line["psnr"]) for line in compared.values())
+    losses = {line["piece"]: line["loss"] for line in lines if "piece" in line}
+    assert losses["training in bf16"] != losses["training in hif8"]
+    assert losses["training in bf16"] == pytest.approx(losses["training in hif8"], rel=0.05)
+    again = run()
+    assert records(again.stdout)[0]["seconds"] < 1, "nothing is done twice"
