@@ -117,3 +117,21 @@ def test_the_command_compares_a_model_with_itself_and_with_other_settings(model,
         assert changed["equal"] == 0
         assert 0 < changed["ssim"]["value"] < 1
         assert changed["psnr"]["low"] <= changed["psnr"]["value"] < 100
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "other.model=shapes",
+            "makes 5 frames of 64 x 64, but shapes makes 33 frames of 128 x 128: name models of one",
+        ),
+        ("other.quant_scaling=token", "quant_scaling is 'token', but nothing runs in HiF8: give quant=hif8"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_made(model, tmp_path, capsys, word, said):
+    assert main(["compare-shapes", f"model={model}", word, f"output_dir={tmp_path / 'out'}", "device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())

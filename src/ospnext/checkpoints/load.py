@@ -41,7 +41,7 @@ from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.quant.apply import quantize
 from ospnext.quant.running import AMAX, buffers
-from ospnext.quant.settings import recipe
+from ospnext.quant.settings import SAVED, recipe
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -99,7 +99,14 @@ def load_transformer(
     """
     settings, weights, name_of = open_transformer(path, relayout, **overrides)
     said = said_of(weights.source)
-    config = recipe(said | dict(quant or {}), torch.device(device))
+    given = dict(quant or {})
+    config = recipe(said | given, torch.device(device))
+    if config is None and not {"quant", "quant_attn"} & given.keys() and (idle := sorted(given.keys() & set(SAVED))):
+        what = ", ".join(f"{key} is {given[key]!r}" for key in idle)
+        raise CheckpointError(
+            f"{weights.source}: {what}, but nothing runs in HiF8: give quant=hif8 and quant_attn=hif8, too, or leave "
+            "it out"
+        )
     with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
     running, known = config is not None and config.scaling == "running", running_names(weights)

@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ospnext.config import ConfigError
 from ospnext.evaluate.paired import Difference, Mean, mean_of, paired_difference, psnr, ssim
 from ospnext.evaluate.shapes import EvaluateShapesConfig, generate_some, held_out, open_pipeline
 from ospnext.generate.manifest import write_text
+from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import make_folder
 from ospnext.generate.settings import Guidance, Steps
 from ospnext.quant.settings import quant_keys
@@ -77,6 +79,7 @@ def run(config: CompareShapesConfig) -> None:
         pipe, where = open_pipeline(own, own.model, **overrides)
         pipes.append(pipe)
         said.append(f"{own.model}, {where}")
+    check_sizes(pipes[0], pipes[1], config.model, second.model)
     asked = held_out(config.world, config.num_prompts, config.seed)
     likeness: list[tuple[float, float]] = []
     gradings: tuple[list, list] = ([], [])
@@ -95,6 +98,19 @@ def run(config: CompareShapesConfig) -> None:
     result = compare(grades[0], grades[1], likeness)
     show(result, said, f"{config.num_prompts} held-out prompts, {config.world} world")
     write(config, said, result, asked.prompts, grades)
+
+
+def check_sizes(first: OSPNextPipeline, second: OSPNextPipeline, *names: str) -> None:
+    """Find out before anything is generated whether two models' videos can be compared.
+
+    Raises:
+        ConfigError: they differ in size.
+    """
+    keys = ("num_frames", "height", "width")
+    sizes = [tuple(pipe.sampling_defaults[key] for key in keys) for pipe in (first, second)]
+    if sizes[0] != sizes[1]:
+        each = [f"{name} makes {n} frames of {w} x {h}" for name, (n, h, w) in zip(names, sizes, strict=True)]
+        raise ConfigError(f"other.model: {', but '.join(each)}: name models of one size, pixels are compared")
 
 
 def other_config(config: CompareShapesConfig) -> EvaluateShapesConfig:
