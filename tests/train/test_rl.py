@@ -237,9 +237,10 @@ def test_cheating_is_suspected_where_the_reward_rises_and_a_watched_one_falls(fo
     assert "flicker, which nobody optimises, fell from 0.9 to 0.5" in line
 
 
-def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys):
-    assert train(folder, tmp_path, rl_config__reward_fn="{shapes: 1.0}", rl_config__eval_prompt_file=None) == 2
-    assert "not one of epoch 0's 8 videos could be scored: shapes gave no number" in capsys.readouterr().err
+def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Brightness, "__call__", lambda self, videos, *_: [math.nan] * len(videos))
+    assert train(folder, tmp_path, rl_config__eval_prompt_file=None) == 2
+    assert "not one of epoch 0's 8 videos could be scored: brightness gave no number" in capsys.readouterr().err
 
 
 def test_videos_that_are_no_numbers_are_not_a_rewards_fault(folder, tmp_path, capsys):
@@ -303,6 +304,14 @@ def test_a_log_of_somebody_elses_is_named(folder, tmp_path, capsys):
         ({"lora_config__target_modules": "[self_attn.x]"}, "self_attn.x"),
         ({"reward_config__options": "{motion: {}}"}, "names motion, which reward_fn and watch_fn do not"),
         ({"weight_dtype": "fp16"}, "training needs bf16's range"),
+        (
+            {"rl_config__reward_fn": "{shapes: 1.0}"},
+            "reward 'shapes' needs scene of every prompt, and 'prompt number 0'",
+        ),
+        (
+            {"rl_config__watch_fn": "[shapes]", "rl_config__prompt_file": "shapes:large:8"},
+            "reward 'shapes' needs scene of every prompt, and 'another one, 0' has none",
+        ),
         ({"reward_config__device": "moon"}, "device 'moon' is not known"),
         ({"reward_config__separate": "[motion]"}, "separate names motion, which reward_fn and watch_fn do not"),
         ({"rl_config__reward_fn": "{brightness: 0.0}"}, "nothing is optimised"),

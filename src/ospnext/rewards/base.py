@@ -7,14 +7,14 @@ A reward is a plain callable:
 
 Its factory is called with ``device`` and the options of the configuration. A package of its own offers one under the
 entry-point group ``ospnext.rewards``; a factory may have a ``check(**options)`` that raises ValueError before anything
-is loaded.
+is loaded, and ``needs``, the names of the metadata that every prompt has to have.
 """
 
 import difflib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -104,6 +104,21 @@ def check_reward(name: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"reward_config.options.{name}: {error}; it takes {inspect.signature(factory)}") from error
     if (check := getattr(factory, "check", None)) is not None:
         check(**options)
+
+
+def check_metadata(name: str, prompts: Iterable[tuple[str, Metadata]]) -> None:
+    """Find out before anything is loaded whether prompts have the metadata that a reward needs.
+
+    Raises:
+        ValueError: one has not.
+    """
+    needs = getattr(find_factory(name), "needs", ())
+    for prompt, metadata in prompts:
+        if missing := [key for key in needs if key not in metadata]:
+            raise ValueError(
+                f"reward {name!r} needs {', '.join(missing)} of every prompt, and {prompt[:80]!r} has none: use "
+                "prompts of shapes:WORLD, or .jsonl that says it"
+            )
 
 
 class RewardSet:

@@ -26,6 +26,8 @@ class Shapes:
         all_right: how much of the score is for videos in which everything is right.
     """
 
+    needs = ("scene",)
+
     def __init__(self, device: torch.device | str = "cpu", workers: int | None = None, all_right: float = 0.5) -> None:
         self.graders, self.all_right = Graders(workers), all_right
 

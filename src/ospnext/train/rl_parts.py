@@ -28,7 +28,7 @@ from ospnext.parallel.apply import Options
 from ospnext.parallel.fsdp import Sharding, copies_mesh
 from ospnext.parallel.launch import Launch, place
 from ospnext.quant.settings import SAVED
-from ospnext.rewards.base import check_reward
+from ospnext.rewards.base import check_metadata, check_reward
 from ospnext.sections import RunConfig
 from ospnext.train.prompts import Prompt, read_prompts, share_of
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
@@ -85,13 +85,19 @@ def settle(config: RLConfig, launch: Launch) -> Job:
     with torch.device("meta"):
         own = {k: v for k, v in plan.transformer.items() if not k.startswith("_") and k not in SAVED}
         adapter.sizes(linear_shapes(OSPNextTransformer3DModel(**own)))  # refuses what is none of this model's
+    prompts = read_prompts(c.prompt_file, config.seed)
+    eval_prompts = [] if c.eval_prompt_file is None else read_prompts(c.eval_prompt_file, config.seed, held_out=True)
+    for name in c.reward_fn:
+        check_metadata(name, [*prompts, *eval_prompts])
+    for name in c.watch_fn:
+        check_metadata(name, eval_prompts)
     return Job(
         device,
         plan,
         c.model_copy(update=size),
         negative if c.negative_prompt is None else c.negative_prompt,
-        read_prompts(c.prompt_file, config.seed),
-        [] if c.eval_prompt_file is None else read_prompts(c.eval_prompt_file, config.seed, held_out=True),
+        prompts,
+        eval_prompts,
         adapter,
         notices,
     )
