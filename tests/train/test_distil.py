@@ -16,8 +16,9 @@ from ospnext.ops.layout import Layout
 from ospnext.parallel.launch import Launch
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.feed import Fed
+from ospnext.train.job import settle
+from ospnext.train.networks import arrange, build
 from ospnext.train.noise import add_noise
-from ospnext.train.parts import arrange, build, settle
 from ospnext.train.settings import NoiseConfig, TrainConfig
 from ospnext.train.sft import velocity_loss
 

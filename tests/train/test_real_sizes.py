@@ -19,7 +19,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
 from ospnext.prepare.plan_recipe import SPARSE, UMT5_XXL, WAN
 from ospnext.train.distil import check_teacher
-from ospnext.train.parts import settle
+from ospnext.train.job import settle
 from ospnext.train.rl_parts import settle as settle_rl
 from ospnext.train.rl_settings import RLConfig
 from ospnext.train.settings import TrainConfig

@@ -25,8 +25,9 @@ from ospnext.parallel.launch import Launch
 from ospnext.quant.running import AMAX, buffers
 from ospnext.train.feed import Fed
 from ospnext.train.flops import training_flops
+from ospnext.train.job import settle
+from ospnext.train.networks import arrange, build
 from ospnext.train.noise import add_noise
-from ospnext.train.parts import arrange, build, settle
 from ospnext.train.settings import NoiseConfig, TrainConfig
 from ospnext.train.sft import velocity_loss
 

@@ -21,7 +21,7 @@ from ospnext.device import resolve_dtype
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Layout
 from ospnext.train.flops import training_flops
-from ospnext.train.parts import Job
+from ospnext.train.job import Job
 from ospnext.train.settings import TrainConfig
 
 _SAME = ("in_dim", "out_dim", "text_dim", "text_len", "patch_size")  # what teacher and student must have alike

@@ -28,7 +28,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.state import RECORD, StateError, read, read_record
 from ospnext.quant.apply import quantize
 from ospnext.quant.settings import read_keys, recipe
-from ospnext.train.parts import constructor_settings, find_sources
+from ospnext.train.job import constructor_settings, find_sources
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import ALPHAS
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from ospnext.config import ConfigError
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.fsdp import shard_of
-from ospnext.train.parts import Job
+from ospnext.train.job import Job
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
 

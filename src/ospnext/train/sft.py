@@ -33,10 +33,11 @@ from ospnext.train.export import export_adapter, export_pipeline
 from ospnext.train.feed import Fed, Feed
 from ospnext.train.flops import peak_flops, training_flops
 from ospnext.train.foreign import check_foreign, started_from, take_over
+from ospnext.train.job import Job, settle
 from ospnext.train.log import Log, Losses, Meter
 from ospnext.train.loop import LoopSettings, Surroundings, fit
+from ospnext.train.networks import Components, arrange, build, open_feed, vae_dtype
 from ospnext.train.noise import add_noise
-from ospnext.train.parts import Components, Job, arrange, build, open_feed, settle, vae_dtype
 from ospnext.train.settings import NoiseConfig, TrainConfig
 from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names

@@ -36,8 +36,9 @@ from ospnext.shapes.grade import Grade, grade
 from ospnext.shapes.share import share
 from ospnext.shapes.world import Scene, World, sample_scene
 from ospnext.train.export import LARGE, SMALL
+from ospnext.train.job import Job
 from ospnext.train.log import Log, cut_log
-from ospnext.train.parts import Components, Job, shares_text_encoder, vae_dtype
+from ospnext.train.networks import Components, shares_text_encoder, vae_dtype
 from ospnext.train.pictures import Shown, shown
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
