@@ -264,6 +264,17 @@ def test_another_alpha_is_another_run(folder, tmp_path, capsys):
     assert not (tmp_path / "iter_000000004").exists()
 
 
+def test_what_has_changed_since_the_run_began_is_said(folder, tmp_path, capsys):
+    assert train(folder, tmp_path, num_epochs=1, rl_config__eval_prompt_file=None) == 0
+    assert "goes on" not in capsys.readouterr().out
+    other = {"rl_config__prompt_file": folder / "held_out.txt", "rl_config__eval_prompt_file": None}
+    assert train(folder, tmp_path, num_epochs=1, seed=7, **other) == 0
+    said = capsys.readouterr().out
+    assert "goes on with another seed than before: 7, not 42" in said
+    assert f"goes on with another rl_config.prompt_file than before: '{folder / 'held_out.txt'}'" in said
+    assert said.count("goes on with another") == 2
+
+
 def test_a_run_that_is_killed_before_its_state_has_written_its_checkpoint(folder, tmp_path, monkeypatch):
     class KilledError(BaseException):
         pass

@@ -44,7 +44,7 @@ from ospnext.train.loop import LoopSettings, finishing, progress_bar, terminatio
 from ospnext.train.optim import MovingAverage, adamw
 from ospnext.train.policy import Policy
 from ospnext.train.rl_parts import Job, arrange, load, settle
-from ospnext.train.rl_save import resume_from, save_checkpoint
+from ospnext.train.rl_save import SETTINGS, changed_settings, resume_from, save_checkpoint
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
 from ospnext.train.rl_update import Updater
 from ospnext.train.rollout import Roller, Rollouts, StoppedError, Videos, Worth
@@ -100,7 +100,7 @@ def run(config: RLConfig, launch: Launch | None = None) -> str | None:
     torch.backends.cuda.matmul.allow_tf32 = job.plan.dtypes.transformer != torch.float32
     names, said = agree(launch, lambda: tracker_names(config))
     with ExitStack() as stack:
-        agree(launch, lambda: open_folder(stack, config) if launch.first else None)
+        changed = agree(launch, lambda: open_folder(stack, config) if launch.first else [])
         crew = arrange(config, job)
         with loading_bar() if launch.first else nullcontext() as progress:
             pipe = agree(launch, lambda: load(config, job, crew, progress))
@@ -108,15 +108,17 @@ def run(config: RLConfig, launch: Launch | None = None) -> str | None:
         videos = Videos(pipe, job.config, rewards, Circle(crew.mesh), job.negative)
         stack.callback(videos.close)
         if launch.first:
-            report(config, job, pipe.transformer, [*config.notices, *job.notices, *said])
+            report(config, job, pipe.transformer, [*config.notices, *job.notices, *said, *changed])
         return Training(config, job, crew, launch, videos, names).train()
 
 
-def open_folder(stack: ExitStack, config: RLConfig) -> None:
-    """Make the output folder this run's, and write down its configuration."""
+def open_folder(stack: ExitStack, config: RLConfig) -> list[str]:
+    """Make the output folder this run's, and write down its configuration; returns how that is another than before."""
     folder = make_folder(Path(config.output_dir))
     stack.enter_context(only_run(folder))
-    write_text(folder / "config.yaml", dump_yaml(config))
+    changed = changed_settings(folder, config)
+    write_text(folder / SETTINGS, dump_yaml(config))
+    return changed
 
 
 def make_rewards(config: RLConfig, job: Job) -> RewardSet:
