@@ -26,7 +26,7 @@ from ospnext.config import load_config
 from ospnext.config_keys import key_rules
 from ospnext.media import read_video
 from ospnext.parallel.launch import Launch
-from ospnext.parallel.state import StateWriter, newest
+from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.rewards.simple import Brightness
 from ospnext.train.held_out import suspicions
 from ospnext.train.rl import advantages_of
@@ -262,6 +262,16 @@ def test_another_alpha_is_another_run(folder, tmp_path, capsys):
     assert train(folder, tmp_path, lora_config__alpha=99, rl_config__eval_prompt_file=None) == 2
     assert "lora_config.alpha is 99 here, but 8 there" in capsys.readouterr().err
     assert not (tmp_path / "iter_000000004").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_draft(folder, tmp_path, monkeypatch, capsys):
+    def fail(state: TrainState, writer: StateWriter) -> None:
+        raise StateError("no room")
+
+    monkeypatch.setattr(TrainState, "save", fail)
+    assert train(folder, tmp_path, save_interval=1, rl_config__eval_prompt_file=None) == 2
+    assert "no room" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if "lora-checkpoint" in path.name]
 
 
 def test_what_has_changed_since_the_run_began_is_said(folder, tmp_path, capsys):

@@ -72,18 +72,21 @@ def save_checkpoint(folder: Path, state: TrainState, epoch: int, config: str, la
             (draft / TRAINING).write_text(json.dumps({"global_step": state.step, "next_epoch": epoch}) + "\n")
             (draft / SETTINGS).write_text(config, encoding="utf-8")
 
-    agree(launch, begin)
-    writer = StateWriter(draft)
-    state.save(writer)
-    writer.finish()
-
     def publish() -> None:
         if launch.first:
             write_adapter(average, folder / f"{final.name}-ema", torch_file=True)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(draft, final)
 
-    agree(launch, publish)
+    try:
+        agree(launch, begin)
+        writer = StateWriter(draft)
+        state.save(writer)
+        writer.finish()
+        agree(launch, publish)
+    finally:
+        if launch.first:
+            shutil.rmtree(draft, ignore_errors=True)  # of what a full disk cut short
     return final
 
 
