@@ -155,6 +155,13 @@ def test_in_pieces_it_is_the_run_that_was_never_interrupted(folder, tmp_path, ca
         assert lines_of(tmp_path / "whole" / log) == lines_of(tmp_path / "pieces" / log)
 
 
+def test_a_state_is_not_exported_for_there_are_adapters(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", num_epochs=1) == 0
+    state = newest(tmp_path / "run")
+    assert main(["export", str(state), str(tmp_path / "out")]) == 2
+    assert "a state of reinforcement learning, whose adapters are in lora-checkpoint-*/" in capsys.readouterr().err
+
+
 def test_a_checkpoint_folder_goes_on_exactly_in_another_run(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "whole") == 0
     assert train(folder, tmp_path / "first", num_epochs=1) == 0

@@ -18,7 +18,7 @@ from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
 from ospnext.checkpoints.lora import adapter_from
 from ospnext.checkpoints.lora_files import Adapter, write_adapter
 from ospnext.checkpoints.merge import merged_transformer
-from ospnext.config import Config, ConfigError, load_config
+from ospnext.config import Config, ConfigError, load_config, read_yaml
 from ospnext.config_keys import key_rules
 from ospnext.device import resolve_dtype
 from ospnext.generate.pipeline import OSPNextPipeline
@@ -63,6 +63,11 @@ def run(config: ExportConfig) -> str:
     snapshot = state.parent / "config.yaml"
     if not snapshot.is_file():
         raise ConfigError(f"{snapshot}: not there; a state is exported with the configuration beside it")
+    if "rl_config" in read_yaml(snapshot):
+        raise ConfigError(
+            f"{state} is a state of reinforcement learning, whose adapters are in lora-checkpoint-*/ beside it: use "
+            "one as lora_path, or `ospnext merge-lora`"
+        )
     own = load_config(TrainConfig, snapshot, [], key_rules("train"))
     text = {"checkpoint_path": config.text_encoder_path, "text_tokenizer_path": config.tokenizer_path}
     text = {key: path for key, path in text.items() if path is not None}
