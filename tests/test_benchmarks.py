@@ -256,19 +256,19 @@ def save_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def small_training() -> list[str]:
+    """Words that make a training recipe of the shapes world tiny."""
+    clip, data = "data_config.dataset_config", {"sample_height": 64, "sample_width": 64, "sample_num_frames": 5}
+    changed = [f"{clip}.{key}={value}" for key, value in (data | {"num_clips": 4}).items()]
+    changed += ["data_config.batch_size=2", "model_config.num_full_blocks=0", "weight_dtype=fp32"]
+    return [word for setting in changed for word in ("--set", setting)]
+
+
 def test_dense_becomes_sparse_in_pieces(tmp_path: Path) -> None:
     save_pipeline(tmp_path / "start")
-    clip = "data_config.dataset_config"
-    changed = [f"{clip}.sample_height=64", f"{clip}.sample_width=64", f"{clip}.sample_num_frames=5"]
-    changed += [
-        f"{clip}.num_clips=4",
-        "data_config.batch_size=2",
-        "model_config.num_full_blocks=0",
-        "weight_dtype=fp32",
-    ]
     words = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "start"), "--device", "cpu"]
     words += ["--videos", "3", "--sampling-steps", "1", "--batch", "2", "--dense-steps", "1", "--steps", "0,1,2"]
-    words += [word for setting in changed for word in ("--set", setting)]
+    words += small_training()
 
     def run(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(BENCHMARKS / "dense_to_sparse.py"), *words, *more]
@@ -315,13 +315,9 @@ def test_reinforcement_learning_goes_on_and_tells_its_curve(tmp_path: Path) -> N
 
 def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
     save_pipeline(tmp_path / "start")
-    clip = "data_config.dataset_config"
-    changed = [f"{clip}.sample_height=64", f"{clip}.sample_width=64", f"{clip}.sample_num_frames=5"]
-    changed += [f"{clip}.num_clips=4", "data_config.batch_size=2", "weight_dtype=fp32"]
-    changed += ["model_config.num_full_blocks=0"]
     words = ["--out", str(tmp_path / "out"), "--model", str(tmp_path / "start"), "--device", "cpu", "--videos", "3"]
     words += ["--sampling-steps", "1", "--batch", "2", "--training-steps", "2"]
-    words += [word for setting in changed for word in ("--set", setting)]
+    words += small_training()
 
     def run(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(BENCHMARKS / "hif8_quality.py"), *words, *more]

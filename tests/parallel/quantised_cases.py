@@ -1,6 +1,7 @@
 """What the test of 8-bit layers on many processes runs in each of them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from ospnext.parallel.fsdp import Copies
 from ospnext.parallel.mesh import Sizes
 from ospnext.quant.apply import quantize
 from ospnext.quant.config import QuantConfig
-from ospnext.quant.running import advance, buffers, share
+from ospnext.quant.running import advance, buffers, observed, share
 
 
 def outliers(setting: Setting) -> tuple[torch.Tensor, ...]:
@@ -61,6 +62,15 @@ def errors_of_shards(rank: int, sizes: Sizes, setting: Setting) -> dict[str, flo
     theirs = step(setting, None, attention=True)
     ours = {"output": out.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return {name: float((value - theirs[name]).norm() / theirs[name].norm()) for name, value in ours.items()}
+
+
+def measured(setting: Setting) -> Any:
+    """A model that scales by running numbers, those of one pass."""
+    model = setting.model().float().eval()
+    quantize(model, QuantConfig(scaling="running"))
+    with torch.no_grad(), observed(model):
+        model(*outliers(setting))
+    return model
 
 
 def errors_of_files(rank: int, sizes: Sizes, setting: Setting, path: Path) -> float:

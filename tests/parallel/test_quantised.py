@@ -41,6 +41,8 @@ def test_sharded_weights_train_and_load_the_same(sizes: Sizes, processes: Group,
     save_transformer(SETTING.model().bfloat16(), tmp_path / "plain")
     assert main(["quantize", str(tmp_path / "plain"), str(tmp_path / "small")]) == 0
     assert max(processes(2).run(cases.errors_of_files, sizes, SETTING, tmp_path / "small")) < 1e-2
+    save_transformer(cases.measured(SETTING), tmp_path / "running", to="osp")
+    assert max(processes(2).run(cases.errors_of_files, sizes, SETTING, tmp_path / "running")) < 1e-2
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -15,7 +15,7 @@ every process then reads only its own part.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,33 +101,22 @@ def load_transformer(
     said = said_of(weights.source)
     given = dict(quant or {})
     config = recipe(said | given, torch.device(device))
-    if config is None and not {"quant", "quant_attn"} & given.keys() and (idle := sorted(given.keys() & set(SAVED))):
-        what = ", ".join(f"{key} is {given[key]!r}" for key in idle)
-        raise CheckpointError(
-            f"{weights.source}: {what}, but nothing runs in HiF8: give quant=hif8 and quant_attn=hif8, too, or leave "
-            "it out"
-        )
+    if config is None:
+        _refuse_idle(given, weights)
     with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
     running, known = config is not None and config.scaling == "running", running_names(weights)
-    if running and not known and (shard is not None or not trainable):
+    later = running and not known  # they start at nothing, which no file needs to say
+    if later and (shard is not None or not trainable):
         raise CheckpointError(
             f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it, or measured by "
             "`ospnext quantize` (calibration.prompts)"
         )
-    later = running and not known  # they start at nothing, which no file needs to say
     if config is None or later:
         weights = decoded(weights)
     else:
         weights = put_quantisation(model, weights, said, config, in_8_bits=not trainable and shard is None)
-    needed = buffers(model).keys()
-    if unknown := [name for name in needed if name not in known]:
-        raise CheckpointError(
-            f"{weights.source}: no {list_names(unknown, 3)}: quant_scaling running knows only the layers that were "
-            "quantised then: keep these in plain numbers (quant_keep, quant_attn=none), use quant_scaling=tensor, or "
-            "measure them by `ospnext quantize` (calibration.prompts)"
-        )
-    ignore = known - needed
+    ignore = known - _known_buffers(model, known, weights)
     if shard is None:
         fill(model, weights, name_of, dtype, torch.device(device), progress, ignore=ignore)
         check_stored(model, weights.source)
@@ -146,6 +135,28 @@ def load_transformer(
         else:
             start(model, adapter.source, adapter.name)
     return model.eval()
+
+
+def _refuse_idle(given: Mapping[str, Any], weights: Weights) -> None:
+    """Refuse keys of a recipe where nobody has asked for one."""
+    if not {"quant", "quant_attn"} & given.keys() and (idle := sorted(given.keys() & set(SAVED))):
+        what = ", ".join(f"{key} is {given[key]!r}" for key in idle)
+        raise CheckpointError(
+            f"{weights.source}: {what}, but nothing runs in HiF8: give quant=hif8 and quant_attn=hif8, too, or leave "
+            "it out"
+        )
+
+
+def _known_buffers(model: OSPNextTransformer3DModel, known: Collection[str], weights: Weights) -> set[str]:
+    """Names of a model's running numbers, all of which the files have to hold."""
+    needed = buffers(model).keys()
+    if unknown := [name for name in needed if name not in known]:
+        raise CheckpointError(
+            f"{weights.source}: no {list_names(unknown, 3)}: quant_scaling running knows only the layers that were "
+            "quantised then: keep these in plain numbers (quant_keep, quant_attn=none), use quant_scaling=tensor, or "
+            "measure them by `ospnext quantize` (calibration.prompts)"
+        )
+    return set(needed)
 
 
 def open_transformer(path: str | Path, relayout: bool = False, **overrides: Any) -> TransformerFiles:

@@ -119,6 +119,7 @@ def rms_norm(
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
+    """RMS norm of a token, rotated if HEAD is not 0: see ``triton_kernels.norm_rope``."""
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + token
@@ -178,6 +179,7 @@ def add_norm(
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
+    """A token's sum and its norm, each if it is asked for: see ``triton_kernels.add_norm``."""
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
     x_at += row * DIM
@@ -234,6 +236,7 @@ def activate(
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
+    """A row as it is, or GELU of it: see ``triton_kernels.activate``."""
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tl.num_programs(0) + tl.program_id(0)
     x = _load(x_at + row * DIM, tl.arange(0, BLOCK), DIM, False)
@@ -293,6 +296,7 @@ def merge(
     MAX: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
+    """Attention of a token from one part or two: see ``triton_kernels.merge``."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     scale = tl.load(scale_at)

@@ -10,6 +10,7 @@ Tensors are streamed: memory holds one shard.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def run(config: QuantizeConfig) -> str:
         if not whole:
             raise CheckpointError(f"{source}: calibration samples, and so needs a pipeline folder (model_index.json)")
         prompts = read_prompts(config.calibration)
-        measure = lambda: calibrate(source, prompts, config.calibration, chosen, settings)  # noqa: E731
+        measure = partial(calibrate, source, prompts, config.calibration, chosen, settings)
     dtype = None if config.dtype is None else resolve_dtype(config.dtype)
     options = (chosen, dtype, config.max_shard_size)
     if whole:

@@ -50,10 +50,11 @@ def largest(
         reduce: the largest over the processes that share x.
     """
     assert running.amax is not None
+    own = amax(x, 0).reshape(())
     if running.seen is not None:
-        running.seen[which] = torch.maximum(running.seen[which], amax(x, 0).reshape(()))
+        running.seen[which] = torch.maximum(running.seen[which], own)
     known = running.amax[which]
-    return torch.where(known > 0, known * config.headroom, amax(x, 0, reduce).reshape(()))
+    return torch.where(known > 0, known * config.headroom, own if reduce is None else reduce(own))
 
 
 def holders(model: nn.Module) -> list[nn.Module]:

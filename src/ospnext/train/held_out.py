@@ -130,11 +130,11 @@ class HeldOut:
 
     def _grid(self, epochs: list[int]) -> None:
         """The first and the latest evaluations of the first prompts, side by side."""
-        shown = epochs if len(epochs) <= COLUMNS else [epochs[0], *epochs[1 - COLUMNS :]]
+        kept = epochs if len(epochs) <= COLUMNS else [epochs[0], *epochs[1 - COLUMNS :]]
         rows = range(min(ROWS, self.config.eval_keep, len(self.prompts)))
-        paths = [self.folder / "eval" / f"epoch_{e:06d}" / f"video_{n}.mp4" for n in rows for e in shown]
+        paths = [self.folder / "eval" / f"epoch_{e:06d}" / f"video_{n}.mp4" for n in rows for e in kept]
         if all(path.exists() for path in paths):
-            video_grid(paths, self.folder / "eval" / "over_time.mp4", self.config.save_fps, columns=len(shown))
+            video_grid(paths, self.folder / "eval" / "over_time.mp4", self.config.save_fps, columns=len(kept))
 
 
 def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GRPOConfig) -> list[str]:

@@ -24,7 +24,7 @@ from ospnext.assemble import Crew
 from ospnext.checkpoints.fill import progress_bar as loading_bar
 from ospnext.checkpoints.lora import alphas_of, describe_adapter
 from ospnext.config import dump_yaml
-from ospnext.device import device_label, dtype_label, resolve_device, resolve_dtype
+from ospnext.device import device_label, dtype_label, resolve_dtype
 from ospnext.generate.manifest import only_run, write_text
 from ospnext.generate.run import make_folder
 from ospnext.ops.attention import describe_kernel
@@ -35,7 +35,6 @@ from ospnext.parallel.guidance import SplitGuidance
 from ospnext.parallel.launch import Launch, agree, any_of
 from ospnext.parallel.state import StateWriter
 from ospnext.quant.apply import describe as describe_eight_bits
-from ospnext.rewards.base import RewardSet
 from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.grpo import advantages, best_and_worst, mixed_advantages, zero_variance_share
 from ospnext.train.held_out import HeldOut, read_lines, suspicions
@@ -43,7 +42,7 @@ from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
 from ospnext.train.optim import MovingAverage, adamw
 from ospnext.train.policy import Policy
-from ospnext.train.rl_parts import Job, arrange, load, settle
+from ospnext.train.rl_parts import Job, arrange, load, make_rewards, settle
 from ospnext.train.rl_save import SETTINGS, changed_settings, resume_from, save_checkpoint
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
 from ospnext.train.rl_update import Updater
@@ -119,17 +118,6 @@ def open_folder(stack: ExitStack, config: RLConfig) -> list[str]:
     changed = changed_settings(folder, config)
     write_text(folder / SETTINGS, dump_yaml(config))
     return changed
-
-
-def make_rewards(config: RLConfig, job: Job) -> RewardSet:
-    """What is optimised, and with weight 0 what is watched."""
-    c, made = config.rl_config, config.reward_config
-    return RewardSet(
-        c.reward_fn | dict.fromkeys(c.watch_fn, 0.0),
-        made.options,
-        job.device if made.device is None else resolve_device(made.device),
-        made.separate,
-    )
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""The networks of reinforcement learning: settled and checked from headers, then loaded, shared, with an adapter.
+"""Networks and rewards of reinforcement learning: settled and checked from headers, then loaded and shared.
 
 ``settle`` finds out everything that can be known before weights are read; ``load`` puts the pipeline together in the
 order of ``assemble``. All processes call them together.
@@ -28,7 +28,7 @@ from ospnext.parallel.apply import Options
 from ospnext.parallel.fsdp import Sharding, copies_mesh
 from ospnext.parallel.launch import Launch, place
 from ospnext.quant.settings import SAVED
-from ospnext.rewards.base import check_metadata, check_reward
+from ospnext.rewards.base import RewardSet, check_metadata, check_reward
 from ospnext.sections import RunConfig
 from ospnext.train.prompts import Prompt, read_prompts, share_of
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
@@ -226,3 +226,14 @@ def load(config: RLConfig, job: Job, crew: Crew, progress: ProgressCallback | No
     pipe.place(crew.device, offload)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_rewards(config: RLConfig, job: Job) -> RewardSet:
+    """What is optimised, and with weight 0 what is watched."""
+    c, made = config.rl_config, config.reward_config
+    return RewardSet(
+        c.reward_fn | dict.fromkeys(c.watch_fn, 0.0),
+        made.options,
+        job.device if made.device is None else resolve_device(made.device),
+        made.separate,
+    )
