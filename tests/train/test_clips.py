@@ -1,14 +1,17 @@
 """Clips as training data: the same from the same seed, never held out, with the captions they should have."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from ospnext.data.sampler import Draw
+from ospnext.data.sampler import Draw, Sampler
 from ospnext.models.video_vae import encode_video
 from ospnext.shapes.render import render
 from ospnext.shapes.world import is_held_out
 from ospnext.train.clips import ClipSize, LatentClips, random_crops, render_pool, sample_scenes, to_video
+from ospnext.train.feed import RenderedFeed
+from ospnext.train.settings import NoiseConfig
 
 CPU = torch.device("cpu")
 SIZE = ClipSize(5, 32, 48)
@@ -85,6 +88,26 @@ def test_latents_are_those_of_the_pipelines_encoder(data, tiny_vae):
     expected = encode_video(tiny_vae, to_video(render(scenes, 5, 32, 48)))
     assert data.latents.shape == (6, 4, 2, 4, 6)
     torch.testing.assert_close(data.latents, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_prepared_does_not_count_as_taken(data):
+    def feed() -> RenderedFeed:
+        return RenderedFeed(data, Sampler([np.arange(6)], 4, seed=1), 0, NoiseConfig())
+
+    plain, eager = feed(), feed()
+    for _ in range(4):
+        eager.prepare()
+        eager.prepare()
+        assert eager.state_dict() == plain.state_dict()
+        for one, other in zip(eager.take().noisy, plain.take().noisy, strict=True):
+            assert torch.equal(one, other)
+        assert eager.state_dict() == plain.state_dict()
+    before = plain.state_dict()
+    eager.prepare()
+    expected = eager.take()
+    eager.prepare()
+    eager.load_state_dict(before)
+    assert torch.equal(eager.take().noisy.x_t, expected.noisy.x_t)
 
 
 def draws(count: int, epoch: int = 0) -> list[Draw]:

@@ -15,7 +15,6 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Layout
 from ospnext.parallel.launch import Launch
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
-from ospnext.train.feed import Fed
 from ospnext.train.job import settle
 from ospnext.train.networks import arrange, build
 from ospnext.train.noise import add_noise
@@ -43,16 +42,16 @@ def random_model(seed: int, kind: str) -> OSPNextTransformer3DModel:
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_the_gradient_is_that_of_the_two_distances(weight: float) -> None:
     student, frozen = random_model(0, "uniform"), random_model(1, "full").requires_grad_(False)
-    fed = Fed(torch.randn(3, 4, 2, 10, 12), torch.randn(3, 3, 12), [4, 5, 6])
-    noise = NoiseConfig(shift=2.0)
-    losses = velocity_loss(student, fed, fed.text, noise, Teacher(frozen, weight))
+    noisy = add_noise(torch.randn(3, 4, 2, 10, 12), [4, 5, 6], NoiseConfig(shift=2.0))
+    text = torch.randn(3, 3, 12)
+    losses = velocity_loss(student, noisy, text, Teacher(frozen, weight))
     losses["loss"].backward()
     found = [p.grad.clone() for p in student.parameters()]
 
     student.zero_grad()
-    x_t, velocity, sigma = add_noise(fed.latents, fed.seeds, noise)
-    ours = student(x_t, TIMESTEPS * sigma, fed.text, return_dict=False)[0]
-    theirs = frozen(x_t, TIMESTEPS * sigma, fed.text, return_dict=False)[0]
+    x_t, velocity, sigma = noisy
+    ours = student(x_t, TIMESTEPS * sigma, text, return_dict=False)[0]
+    theirs = frozen(x_t, TIMESTEPS * sigma, text, return_dict=False)[0]
     by_hand = 2 / ours.numel() * ((1 - weight) * (ours - velocity) + weight * (ours - theirs))
     ours.backward(by_hand.detach())
     for p, gradient in zip(student.parameters(), found, strict=True):

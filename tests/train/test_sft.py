@@ -23,7 +23,6 @@ from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
 from ospnext.quant.running import AMAX, buffers
-from ospnext.train.feed import Fed
 from ospnext.train.flops import training_flops
 from ospnext.train.job import settle
 from ospnext.train.networks import arrange, build
@@ -223,7 +222,7 @@ def test_the_loss_is_that_of_the_straight_path(dynamic):
     latents = torch.randn(64, 4, 3, 8, 8)
     oracle = Oracle()
     noise = NoiseConfig(shift=3.0, use_dynamic_shifting=dynamic)
-    losses = velocity_loss(oracle, Fed(latents, torch.zeros(64, 1, 1), list(range(64))), torch.zeros(64, 1, 1), noise)
+    losses = velocity_loss(oracle, add_noise(latents, range(64), noise), torch.zeros(64, 1, 1))
     loss = losses["loss"]
     sigma = (oracle.t / 1000).view(-1, 1, 1, 1, 1)
     assert sigma.min() > 0

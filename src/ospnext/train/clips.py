@@ -129,6 +129,9 @@ class LatentClips:
             rng = np.random.default_rng([seed, draw.epoch, draw.clip])
             dropped = rng.random() < self.drop
             wordings.append(-1 if dropped else int(rng.integers(self.tokens.shape[1])))
-        clip, wording = torch.tensor([[draw.clip for draw in draws], wordings], device=self.latents.device)
+        places = torch.tensor([[draw.clip for draw in draws], wordings])
+        if self.latents.is_cuda:
+            places = places.pin_memory()  # or the host would wait for all that the device has to do
+        clip, wording = places.to(self.latents.device, non_blocking=True)
         tokens = torch.where((wording >= 0)[:, None], self.tokens[clip, wording], self.empty)
         return self.latents[clip].float(), tokens.long()

@@ -15,27 +15,32 @@ from transformers import UMT5EncoderModel
 
 from ospnext.data.dataset import Batch, DataError
 from ospnext.data.loader import Loader
-from ospnext.data.sampler import Sampler
+from ospnext.data.sampler import Progress, Sampler
 from ospnext.data.store import StoreError
 from ospnext.models.text import encode_tokens
 from ospnext.models.video_vae import encode_video
 from ospnext.parallel.circle import Circle
 from ospnext.train.clips import LatentClips
 from ospnext.train.loop import seed_of
+from ospnext.train.noise import Noisy, add_noise
+from ospnext.train.settings import NoiseConfig
 
 
 class Fed(NamedTuple):
     """A micro-batch on the device.
 
     Attributes:
-        latents: normalised, float32 ``[B, C, t, h, w]``.
+        noisy: normalised latents on their way to noise, ``[B, C, t, h, w]``.
         text: embeddings ``[B, L, D]``, or token ids ``[B, L]`` that are still to be encoded.
-        seeds: of each sample's noise.
     """
 
-    latents: Tensor
+    noisy: Noisy
     text: Tensor
-    seeds: list[int]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the latents."""
+        return self.noisy.x_t.shape
 
 
 class Feed(Protocol):
@@ -43,6 +48,9 @@ class Feed(Protocol):
 
     def take(self) -> Fed:
         """The next one."""
+
+    def prepare(self) -> None:
+        """Do what the host can do for it while the device is busy; the state stays that of the last one taken."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last one left off."""
@@ -58,17 +66,28 @@ class RenderedFeed:
         clips: all of them.
         sampler: of this rank's share.
         seed: of wordings and noise.
+        noise: how noise levels are drawn.
     """
 
-    def __init__(self, clips: LatentClips, sampler: Sampler, seed: int) -> None:
-        self.clips, self.sampler, self.seed = clips, sampler, seed
+    def __init__(self, clips: LatentClips, sampler: Sampler, seed: int, noise: NoiseConfig) -> None:
+        self.clips, self.sampler, self.seed, self.noise = clips, sampler, seed, noise
         self.progress = sampler.start
+        self._ahead: tuple[Fed, Progress] | None = None
 
     def take(self) -> Fed:
         """The next micro-batch."""
-        draws, self.progress = self.sampler.step(self.progress)
+        (fed, self.progress), self._ahead = self._ahead or self._draw(), None
+        return fed
+
+    def prepare(self) -> None:
+        """Draw the next micro-batch: seeding each of some hundred clips' numbers takes the host many milliseconds."""
+        self._ahead = self._ahead or self._draw()
+
+    def _draw(self) -> tuple[Fed, Progress]:
+        draws, progress = self.sampler.step(self.progress)
         latents, ids = self.clips.take(draws, self.seed)
-        return Fed(latents, ids, [seed_of(self.seed, draw.epoch, draw.clip) for draw in draws])
+        seeds = [seed_of(self.seed, draw.epoch, draw.clip) for draw in draws]
+        return Fed(add_noise(latents, seeds, self.noise), ids), progress
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last one left off."""
@@ -76,18 +95,21 @@ class RenderedFeed:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after ``state``; raises ValueError where it is of other clips."""
-        self.progress = self.sampler.load_state_dict(state)
+        self.progress, self._ahead = self.sampler.load_state_dict(state), None
 
 
 class LoaderFeed:
-    """What a loader reads; the state is the loader's."""
+    """What a loader reads; the state is the loader's. Its workers read ahead."""
 
-    def __init__(self, loader: Loader, seed: int, device: torch.device) -> None:
-        self.loader, self.seed, self.device = loader, seed, device
+    def __init__(self, loader: Loader, seed: int, device: torch.device, noise: NoiseConfig) -> None:
+        self.loader, self.seed, self.device, self.noise = loader, seed, device, noise
 
-    def seeds(self, clips: Sequence[int]) -> list[int]:
-        """Of the noise of the clips of the loader's last step."""
-        return [seed_of(self.seed, self.loader.epoch, clip) for clip in clips]
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def noisy(self, latents: Tensor, clips: Sequence[int]) -> Noisy:
+        """The clips of the loader's last step, on their way to noise."""
+        return add_noise(latents, [seed_of(self.seed, self.loader.epoch, clip) for clip in clips], self.noise)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last one left off."""
@@ -101,8 +123,8 @@ class LoaderFeed:
 class EncodedFeed(LoaderFeed):
     """Clips that were encoded beforehand: every process reads its own micro-batch."""
 
-    def __init__(self, loader: Loader, seed: int, device: torch.device) -> None:
-        super().__init__(loader, seed, device)
+    def __init__(self, loader: Loader, seed: int, device: torch.device, noise: NoiseConfig) -> None:
+        super().__init__(loader, seed, device, noise)
         self._batches: Iterator[Any] | None = None
 
     def take(self) -> Fed:
@@ -110,7 +132,7 @@ class EncodedFeed(LoaderFeed):
         if self._batches is None:
             self._batches = iter(self.loader)  # not earlier: a state may be loaded first
         batch = next(self._batches)
-        return Fed(batch.latents.to(self.device), batch.text.to(self.device), self.seeds(batch.clips))
+        return Fed(self.noisy(batch.latents.to(self.device), batch.clips), batch.text.to(self.device))
 
 
 class Encoders(NamedTuple):
@@ -140,12 +162,21 @@ class VideoFeed(LoaderFeed):
         loader: of the rank's share, the same for all processes of the video.
         seed: of the noise.
         device: of this process.
+        noise: how noise levels are drawn.
         encoders: on ``device``, or in host memory to be fetched.
         circle: the processes of the video.
     """
 
-    def __init__(self, loader: Loader, seed: int, device: torch.device, encoders: Encoders, circle: Circle) -> None:
-        super().__init__(loader, seed, device)
+    def __init__(
+        self,
+        loader: Loader,
+        seed: int,
+        device: torch.device,
+        noise: NoiseConfig,
+        encoders: Encoders,
+        circle: Circle,
+    ) -> None:
+        super().__init__(loader, seed, device, noise)
         self.encoders, self.circle = encoders, circle
         self._batches: Iterator[Batch] | None = None
         self._own: tuple[Tensor, Tensor] | None = None
@@ -165,7 +196,7 @@ class VideoFeed(LoaderFeed):
         own = self._own if owner == self.circle.place else None
         latents, text = self.circle.hand_round(owner, own, turn.shapes, dtypes, self.device)
         self.loader.advance()
-        return Fed(latents, text, self.seeds(turn.clips))
+        return Fed(self.noisy(latents, turn.clips), text)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after ``state``; raises ValueError where it is of other data."""

@@ -72,6 +72,7 @@ class Surroundings:
         data: where samples come from, if it has a state.
         trackers: where lines of the log go besides the file; in the first process.
         meter: counts the work, for throughput in the log.
+        prepare: called while the device is busy with a micro-batch: what the host can do for the next one.
         after_step: called after each step and its average, before it is saved, with the state.
         begin: called with the state where there is none to resume; returns what is to be said of it.
         about: plain values that states keep: what is needed to make a model of them.
@@ -81,6 +82,7 @@ class Surroundings:
     data: Data | None = None
     trackers: Callable[[TrainState], Sequence[Tracker]] = lambda state: ()
     meter: Meter | None = None
+    prepare: Callable[[], None] = lambda: None
     after_step: Callable[[TrainState, Log], None] = lambda state, log: None
     about: Mapping[str, Any] = field(default_factory=dict)
     begin: Callable[[TrainState], str] | None = None
@@ -140,7 +142,7 @@ def fit(
         while state.step < settings.iterations:
             if any_of(around.launch, asked.is_set() or time.monotonic() >= deadline):
                 break
-            log.add(_step(state, losses, settings, device))
+            log.add(_step(state, losses, settings, device, around.prepare))
             bar.update(task, completed=state.step)
             if state.clipper.in_a_row:
                 say(f"step {state.step} is left out: gradients are not finite, from {state.unsound} on backwards")
@@ -161,7 +163,13 @@ def fit(
     return state
 
 
-def _step(state: TrainState, losses: Callable, settings: LoopSettings, device: torch.device) -> dict[str, torch.Tensor]:
+def _step(
+    state: TrainState,
+    losses: Callable[[torch.Generator, int], Losses],
+    settings: LoopSettings,
+    device: torch.device,
+    prepare: Callable[[], None],
+) -> dict[str, torch.Tensor]:
     rate = learning_rate(state.step, settings.lr, settings.lr_schedule, settings.warmup_steps, settings.iterations)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
@@ -173,6 +181,7 @@ def _step(state: TrainState, losses: Callable, settings: LoopSettings, device: t
         with torch.autocast(device.type, settings.dtype, enabled=settings.dtype != torch.float32):
             parts = losses(generator, state.step)
         (parts["loss"] / settings.accumulation_steps).backward()
+        prepare()  # before the host waits for the gradients' norm
         for name, value in parts.items():
             total[name] = total.get(name, 0) + value.detach() / settings.accumulation_steps
     take_step(state, settings, total)

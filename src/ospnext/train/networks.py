@@ -129,13 +129,14 @@ def open_feed(config: TrainConfig, job: Job, parts: Components, crew: Crew) -> F
         OutOfMemoryError: rendered clips do not fit on the device.
     """
     if job.loader is not None and parts.vae is None:
-        return EncodedFeed(job.loader, config.seed, job.device)
+        return EncodedFeed(job.loader, config.seed, job.device, config.scheduler_config)
     assert parts.vae is not None
     assert parts.text_encoder is not None
     if job.loader is not None:
         shared = shares_text_encoder(config, job)
         encoders = Encoders(parts.vae, parts.text_encoder, config.encoder_cpu_offload, shared)
-        return VideoFeed(job.loader, config.seed, job.device, encoders, Circle(crew.mesh))
+        circle = Circle(crew.mesh)
+        return VideoFeed(job.loader, config.seed, job.device, config.scheduler_config, encoders, circle)
     dataset = config.data_config.dataset_config
     need = dataset.num_clips * int(np.prod(job.latents)) * (2 if job.device.type == "cuda" else 4)
     require_memory(need, job.device, f"a pool of {dataset.num_clips} clips", "use a smaller num_clips")
@@ -155,4 +156,4 @@ def open_feed(config: TrainConfig, job: Job, parts: Components, crew: Crew) -> F
     data = config.data_config
     order = [np.arange(dataset.num_clips)]
     sampler = Sampler(order, data.batch_size, rank, sizes.dp, config.seed, data.shuffle, drop_last=False)
-    return RenderedFeed(clips, sampler, config.seed)
+    return RenderedFeed(clips, sampler, config.seed, config.scheduler_config)

@@ -127,7 +127,7 @@ class Updater:
                     total[name] = torch.maximum(total.get(name, value), value)
                 else:
                     total[name] = total.get(name, 0) + value * share
-        variance = total.pop("ratio_square") - total["ratio"] ** 2
+        variance = total.pop("off_square") - (total["ratio"] - 1) ** 2  # about 1: float32 holds no square near 1
         total["ratio_std"] = variance.clamp(min=0).sqrt()
         if not c.kl_beta:
             total.pop("kl")
@@ -158,7 +158,7 @@ class Updater:
         return losses | {
             "loss": loss,
             "ratio": clipped.ratio.mean(),
-            "ratio_square": clipped.ratio.square().mean(),
+            "off_square": (clipped.ratio - 1).square().mean(),
             "clip_fraction": clipped.clipped.float().mean(),
             "deviation": deviation,
         }

@@ -30,15 +30,15 @@ from ospnext.parallel.launch import Launch, agree
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.export import export_adapter, export_pipeline
-from ospnext.train.feed import Fed, Feed
+from ospnext.train.feed import Feed
 from ospnext.train.flops import peak_flops, training_flops
 from ospnext.train.foreign import check_foreign, started_from, take_over
 from ospnext.train.job import Job, settle
 from ospnext.train.log import Log, Losses, Meter
 from ospnext.train.loop import LoopSettings, Surroundings, fit
 from ospnext.train.networks import Components, arrange, build, open_feed, vae_dtype
-from ospnext.train.noise import add_noise
-from ospnext.train.settings import NoiseConfig, TrainConfig
+from ospnext.train.noise import Noisy
+from ospnext.train.settings import TrainConfig
 from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
 from ospnext.train.validate import ask, open_validation
@@ -79,6 +79,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
             feed,
             (lambda state: open_trackers(names, config, state)) if launch.first else (lambda state: ()),
             meter,
+            feed.prepare,
             after_all(folder.enter_context(profiled(config, launch)), validation),
             about(config, job, parts),
             None if (old := config.import_checkpoint) is None else lambda state: take_over(Path(old), state),
@@ -137,11 +138,11 @@ def make_losses(
     def losses(generator: torch.Generator, step: int) -> Losses:
         fed = feed.take()
         text_len, frozen = job.transformer["text_len"], job.adapter is not None
-        tokens, flops = training_flops(job.transformer, layouts, fed.latents.shape[1:], text_len, frozen)
-        flops += 0 if teacher is None else teacher.flops(fed.latents.shape[1:])
-        meter.add(len(fed.latents) * tokens / shared, len(fed.latents) * flops / shared)
+        tokens, flops = training_flops(job.transformer, layouts, fed.shape[1:], text_len, frozen)
+        flops += 0 if teacher is None else teacher.flops(fed.shape[1:])
+        meter.add(fed.shape[0] * tokens / shared, fed.shape[0] * flops / shared)
         text = embed(config, job, parts, fed.text)
-        return velocity_loss(parts.transformer, fed, text, config.scheduler_config, teacher)
+        return velocity_loss(parts.transformer, fed.noisy, text, teacher)
 
     return losses
 
@@ -157,16 +158,16 @@ def embed(config: TrainConfig, job: Job, parts: Components, text: torch.Tensor) 
 
 
 def velocity_loss(
-    transformer: torch.nn.Module, fed: Fed, text: torch.Tensor, noise: NoiseConfig, teacher: Teacher | None = None
+    transformer: torch.nn.Module, noisy: Noisy, text: torch.Tensor, teacher: Teacher | None = None
 ) -> Losses:
-    """Mean squared error of the velocity at random points of the path from noise to latents.
+    """Mean squared error of the velocity at points of the path from noise to latents.
 
     With a teacher the loss is (1 - w) |v - (ε - x_0)|² + w |v - v_teacher|², w its weight, all at the same x_t, σ and
     text; the two are in ``loss_flow`` and ``loss_distillation``.
 
     Beside ``loss`` there is one for each quarter of the noise levels, as a pair (sum, count).
     """
-    x_t, velocity, sigma = add_noise(fed.latents, fed.seeds, noise)
+    x_t, velocity, sigma = noisy
     predicted = transformer(x_t, TIMESTEPS * sigma, text, return_dict=False)[0]
     losses: dict[str, torch.Tensor] = {"loss": F.mse_loss(predicted, velocity)}
     if teacher is not None:
