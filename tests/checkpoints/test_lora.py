@@ -14,6 +14,7 @@ from ospnext.checkpoints.lora import (
     adapter_disabled,
     adapter_names,
     adapter_of,
+    leave_casting_to_autocast,
     linear_shapes,
     put_adapter,
 )
@@ -141,6 +142,33 @@ def test_checkpointed_and_compiled(folder: Path, transformer: OSPNextTransformer
     assert torch.allclose(velocity(other), velocity(plain), atol=1e-5)
     for name, value in ours.items():
         assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-4 * float(theirs[name].abs().max())), name
+
+
+def test_casting_may_be_left_to_autocast(folder: Path, transformer: OSPNextTransformer3DModel) -> None:
+    """The same to bfloat16's rounding as PEFT's own float32 products; weights and gradients stay float32."""
+
+    def ran(model: OSPNextTransformer3DModel, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sample = model.train()(*inputs()).sample
+        sample.square().sum().backward()
+        return sample.detach(), [p.grad for p in model.parameters() if p.requires_grad]
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).norm() / other.norm())
+
+    adapter = filled(transformer)
+    other = load(folder, adapter, dtype=torch.bfloat16)
+    leave_casting_to_autocast(other)
+    (exact, exactly), (plain, gradients), (ours, own) = (
+        ran(load(folder, adapter), autocast=False),
+        ran(load(folder, adapter, dtype=torch.bfloat16), autocast=False),
+        ran(other, autocast=True),
+    )
+    assert not torch.equal(ours, plain)
+    assert distance(ours, exact) < 1.5 * distance(plain, exact)
+    for one, usual, right in zip(own, gradients, exactly, strict=True):
+        assert one.dtype == torch.float32
+        assert distance(one, right) < 3 * distance(usual, right)
 
 
 def test_the_configuration_is_osp_next_s() -> None:

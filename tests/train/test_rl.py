@@ -31,6 +31,7 @@ from ospnext.rewards.simple import Brightness
 from ospnext.train.held_out import suspicions
 from ospnext.train.rl import advantages_of
 from ospnext.train.rl_parts import settle
+from ospnext.train.rl_progress import SPAN, Progress
 from ospnext.train.rl_settings import RLConfig
 from ospnext.train.rollout import Roller, Worth
 from ospnext.train.state import TrainState
@@ -404,6 +405,37 @@ def test_one_schedule_shift_is_reported_where_it_differs_from_the_models(folder,
     assert any("the model is deployed with 3" in line for line in job.notices)
     job = settle(config_of(folder, tmp_path, rl_config__sde_steps=4), Launch())
     assert any("sde_steps is 4: 3 are random" in line for line in job.notices)
+
+
+def test_a_decline_is_one_beyond_what_prompts_explain():
+    rng = np.random.default_rng(0)
+    flat, falling = Progress(), Progress()
+    said = []
+    for epoch in range(60):
+        noise = 0.06 * rng.standard_normal()
+        flat.add(0.5 + noise)
+        falling.add(0.5 - 0.01 * epoch + noise)
+        assert flat.decline is None
+        said.append(falling.decline)
+    assert said[: 2 * SPAN - 1] == [None] * (2 * SPAN - 1)
+    before, now = next(filter(None, said))
+    assert now < before - 0.05
+    again = Progress()
+    again.load_state_dict(json.loads(json.dumps(falling.state_dict())))
+    assert (again.decline, again.state_dict()) == (falling.decline, falling.state_dict())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_reward_that_falls_is_said(folder, tmp_path, monkeypatch, capsys, stop):
+    values = iter(np.linspace(0.9, 0.1, 1000))
+    monkeypatch.setattr(Brightness, "__call__", lambda self, videos, *_: [next(values) for _ in videos])
+    more = {"num_epochs": 3 * SPAN, "rl_config__num_batches_per_epoch": 1, "state_interval": 5}
+    more |= {"rl_config__eval_prompt_file": None, "rl_config__num_inference_steps": 2, "rl_config__watch_stop": stop}
+    assert train(folder, tmp_path / "run", **more) == (2 if stop else 0)
+    said = capsys.readouterr()
+    words = "updates do more harm than good. Lower optimizer_config.lr (0.01), or learn from more than 4 videos"
+    assert (said.err if stop else said.out).count(words) == (1 if stop else 2)
+    assert len(lines_of(tmp_path / "run/train_log.jsonl")) == (2 * SPAN if stop else 3 * SPAN)
 
 
 def also(settings: dict[str, object]) -> object:

@@ -252,6 +252,16 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was
 
 
+def leave_casting_to_autocast(model: nn.Module) -> None:
+    """Have float32 adapters take half-precision inputs as they come; the model then has to run under autocast.
+
+    PEFT makes a float32 copy of every input otherwise, and multiplies in float32: several times the base's own traffic.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
 # ── several, weighed, and inside the weights ──────────────────────────────────────────────────────────────────────────
 
 

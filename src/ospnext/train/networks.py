@@ -13,6 +13,7 @@ from transformers import UMT5EncoderModel
 
 from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, join
 from ospnext.checkpoints.load import load_text_encoder, load_vae
+from ospnext.checkpoints.lora import leave_casting_to_autocast
 from ospnext.checkpoints.memory import require_memory
 from ospnext.data.sampler import Sampler
 from ospnext.device import resolve_dtype, working_dtype
@@ -109,7 +110,9 @@ def build_transformer(config: TrainConfig, job: Job, crew: Crew) -> OSPNextTrans
         model = assemble_transformer(
             job.sources.transformer, crew, dtype, options=options, **trained_as(config, job.adapter)
         )
-    if crew.mesh is None:
+    if crew.mesh is None:  # with shards it is they that are gathered in weight_dtype
+        if job.adapter is not None and resolve_dtype(config.weight_dtype) != torch.float32:
+            leave_casting_to_autocast(model)
         if config.checkpointed:
             model.checkpoint_blocks(config.checkpointed)
         if compiled:

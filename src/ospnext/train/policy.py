@@ -30,13 +30,18 @@ class Policy:
     Args:
         transformer: with an adapter.
         config: which guidance, and how much of it is trained.
+        dtype: of the base; below float32 the adapter's float32 weights are cast to it by autocast.
         halves: how both halves of guidance are had where processes share them; None: as the configuration says.
     """
 
     def __init__(
-        self, transformer: OSPNextTransformer3DModel, config: GRPOConfig, halves: BothHalves | None = None
+        self,
+        transformer: OSPNextTransformer3DModel,
+        config: GRPOConfig,
+        dtype: torch.dtype,
+        halves: BothHalves | None = None,
     ) -> None:
-        self.transformer, self.config = transformer, config
+        self.transformer, self.config, self.dtype = transformer, config, dtype
         self._halves: GuidanceMode | BothHalves = halves or config.guidance_mode
         self._trained = self._halves
         if config.cfg_gradient == "detached":
@@ -64,7 +69,8 @@ class Policy:
             yield
 
     def _ask(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        return self.transformer(x, t, condition, return_dict=False)[0]
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.transformer(x, t, condition, return_dict=False)[0]
 
 
 class _Detached:

@@ -12,7 +12,7 @@ run that was never interrupted.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +43,7 @@ from ospnext.train.loop import LoopSettings, finishing, progress_bar, terminatio
 from ospnext.train.optim import MovingAverage, adamw
 from ospnext.train.policy import Policy
 from ospnext.train.rl_parts import Job, arrange, load, make_rewards, settle
+from ospnext.train.rl_progress import SPAN, Progress
 from ospnext.train.rl_save import SETTINGS, changed_settings, resume_from, save_checkpoint
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
 from ospnext.train.rl_update import Updater
@@ -51,31 +52,6 @@ from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
 
 REWARDS = "rewards.jsonl"
-
-
-class Progress:
-    """What of a run's state is no tensor.
-
-    Attributes:
-        epoch: the next one.
-        baseline: what the first evaluation said.
-        seconds: that rolling out and training took so far, without evaluations; measured, not part of the result.
-    """
-
-    def __init__(self) -> None:
-        self.epoch, self.seconds = 0, 0.0
-        self.baseline: dict[str, float] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"epoch": self.epoch, "baseline": self.baseline, "seconds": round(self.seconds, 2)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``; raises ValueError where it is of another kind of run."""
-        if "epoch" not in state:
-            raise ValueError("its data are not those of reinforcement learning")
-        self.epoch, self.baseline = int(state["epoch"]), dict(state["baseline"])
-        self.seconds = float(state["seconds"])
 
 
 def run(config: RLConfig, launch: Launch | None = None) -> str | None:
@@ -95,8 +71,6 @@ def run(config: RLConfig, launch: Launch | None = None) -> str | None:
     launch = launch or Launch()
     torch.use_deterministic_algorithms(config.deterministic_training)
     job = agree(launch, lambda: settle(config, launch))
-    # Beside a base in bfloat16, TF32 is exact enough for the adapter's float32 products, and many times as fast.
-    torch.backends.cuda.matmul.allow_tf32 = job.plan.dtypes.transformer != torch.float32
     names, said = agree(launch, lambda: tracker_names(config))
     with ExitStack() as stack:
         changed = agree(launch, lambda: open_folder(stack, config) if launch.first else [])
@@ -136,7 +110,8 @@ class Training:
         self.config, self.c, self.job, self.launch, self.videos = config, job.config, job, launch, videos
         self.folder, self.transformer = Path(config.output_dir), videos.pipe.transformer
         split = crew.mesh is not None and crew.mesh.sizes.cfg == 2
-        policy = Policy(self.transformer, self.c, SplitGuidance(crew.mesh) if split and crew.mesh else None)
+        halves = SplitGuidance(crew.mesh) if split and crew.mesh else None
+        policy = Policy(self.transformer, self.c, job.plan.dtypes.transformer, halves)
         rank, ranks = (0, 1) if crew.mesh is None else (crew.mesh.group, crew.mesh.sizes.dp)
         shift = job.plan.sampling.shift
         self.roller = Roller(self.c, videos, policy, job.prompts, shift, config.seed, launch, rank, ranks)
@@ -242,7 +217,28 @@ class Training:
         )
         log.write(self.state)
         reward = worth.rewards[worth.rewards.isfinite()].mean().item()
+        self.progress.add(reward)
+        self.look_for_decline()
         return f"reinforcement learning, reward {reward:.4f}"
+
+    def look_for_decline(self) -> None:
+        """Warn, once in a while, where training makes things worse.
+
+        Raises:
+            ValueError: it does, and the run is to stop then.
+        """
+        if (fallen := self.progress.decline) is None:
+            return
+        videos = self.c.train_batch_size * self.config.gradient_accumulation_steps
+        line = (
+            f"the reward of rollouts fell from {fallen[0]:.4g} to {fallen[1]:.4g} (means of {SPAN} epochs): updates do "
+            f"more harm than good. Lower optimizer_config.lr ({self.config.optimizer_config.lr:g}), or learn from more "
+            f"than {videos} videos an update (gradient_accumulation_steps)"
+        )
+        self.progress.last = []  # to be filled anew before it is said again
+        self.say(f"warning: {line}")
+        if self.c.watch_stop:
+            self.refuse(f"{line}; stopped (rl_config.watch_stop); the newest state is untouched")
 
     def facts(self, worth: Worth, everyone: Tensor) -> dict[str, float]:
         """What the log says of an epoch besides the steps."""

@@ -14,7 +14,7 @@ from ospnext.assemble import Crew, assemble_text_encoder, assemble_transformer, 
 from ospnext.checkpoints.components import load_scheduler
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import load_tokenizer, load_vae
-from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for, linear_shapes
+from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for, leave_casting_to_autocast, linear_shapes
 from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
 from ospnext.device import resolve_device
@@ -201,6 +201,8 @@ def load(config: RLConfig, job: Job, crew: Crew, progress: ProgressCallback | No
         **config.architecture(),
     )
     transformer.set_attention_kernel(config.attention_kernel)
+    if plan.dtypes.transformer != torch.float32:
+        leave_casting_to_autocast(transformer)
     if crew.mesh is None:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
