@@ -1,5 +1,7 @@
 """HiF8 linears against the recipe written down, in every execution, and under what training puts around them."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -8,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ospnext.ops import hif8
 from ospnext.quant.config import QuantConfig
+from ospnext.quant.execution import matmul
 from ospnext.quant.linear import SCALE, HiF8Linear, HiF8StoredLinear
 from ospnext.quant.running import AMAX, SEEN, advance
 
@@ -101,6 +104,33 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     x = torch.cat([inputs("random", 1, 20, 48), 100 * inputs("outliers", 1, 20, 48)])
     layer = HiF8Linear(make(48), QuantConfig())
     torch.testing.assert_close(layer(x)[:1], layer(x[:1]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("execution", ["emulation", "fp8"])
+def test_many_small_samples_share_their_products(execution: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for all, with the results of one for each."""
+    x = torch.cat([inputs("random", 3, 20, 48), 100 * inputs("outliers", 2, 20, 48)]).to(device, torch.bfloat16)
+    gradient = inputs("random", 5, 20, 24).to(device, torch.bfloat16)
+
+    def layer() -> HiF8Linear:
+        return HiF8Linear(make(48, dtype=torch.bfloat16).to(device), QuantConfig(execution=execution))
+
+    launched: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> torch.Tensor:
+        launched.append(1)
+        return matmul(*given, **more)
+
+    monkeypatch.setattr("ospnext.quant.linear.matmul", counted)
+    together = run(layer(), x, gradient)
+    assert len(launched) == 2
+    monkeypatch.setattr("ospnext.quant.linear.FEW_ROWS", 0)
+    apart = run(layer(), x, gradient)
+    assert len(launched) == 2 + 3 * 5
+    for name, value in apart.items():
+        near = 1e-4 * float(value.abs().max())
+        torch.testing.assert_close(together[name].float(), value.float(), rtol=2**-7, atol=near)
 
 
 def test_each_token_has_its_scale() -> None:

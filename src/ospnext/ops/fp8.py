@@ -36,9 +36,13 @@ class Held(NamedTuple):
     values: torch.Tensor
     inverse: torch.Tensor
 
+    def numbers(self) -> torch.Tensor:
+        """The values in float32, before they are scaled back."""
+        return hif8.decode(self.values) if self.values.dtype is torch.uint8 else self.values.float()
+
     def float(self) -> torch.Tensor:
         """The numbers that are meant, in float32."""
-        return self.values.float() * self.inverse
+        return self.numbers() * self.inverse
 
 
 def headroom(scale_max: float) -> float:

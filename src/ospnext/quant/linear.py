@@ -25,6 +25,8 @@ SCALE = "weight_scale"
 
 ALWAYS_FLOAT32 = (AMAX, SEEN, SCALE)
 
+FEW_ROWS = 2048  # of a sample: its own product would be over before the next one is launched
+
 
 class HiF8Linear(nn.Linear):
     """A linear that rounds to HiF8 what it multiplies; its parameters are those of the linear it replaces.
@@ -149,7 +151,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             held_w = _hold_weight(weight, scale, config)
             across = Held(held_w.values.t(), held_w.inverse)
-            products = [matmul(part, across, config.execution, ctx.dtype) for part in _parts(held_g)]
+            products = [matmul(part, across, config.execution, ctx.dtype) for part in _parts(held_g, ctx.dtype)]
             to_x = torch.cat(products).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             to_weight = _weight_gradient(held_g, Held(values, inverse), config, ctx.dtype).to(weight.dtype)
@@ -160,7 +162,7 @@ class _Product(torch.autograd.Function):
 
 def product(x: Held, weight: Held, config: QuantConfig, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
     """The forward product of activations ``[S, M, K]`` and a weight ``[N, K]``: ``[S, M, N]`` in dtype."""
-    parts = [matmul(part, weight, config.execution, dtype, bias, fast=True) for part in _parts(x)]
+    parts = [matmul(part, weight, config.execution, dtype, bias, fast=True) for part in _parts(x, dtype)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.values.shape[:-1], len(weight.values))
 
 
@@ -188,11 +190,14 @@ def _hold_weight(weight: torch.Tensor, scale: torch.Tensor | None, config: Quant
     return hold(weight, amax(weight, 0), config.scale_max_forward, config.execution)
 
 
-def _parts(held: Held) -> list[Held]:
-    """``[S, M, K]`` as matrices that have one scale each or one for every row."""
+def _parts(held: Held, dtype: torch.dtype) -> list[Held]:
+    """``[S, M, K]`` as matrices that have one scale each or one for every row, for products in dtype."""
     samples, rows, columns = held.values.shape
     if held.inverse.numel() == 1 or held.inverse.shape[1] == rows > 1:
         return [Held(held.values.reshape(-1, columns), held.inverse.reshape(-1, 1))]
+    # Products with a scale for every row are slower and round to bfloat16 on CUDA, but many samples need only one.
+    if rows < FEW_ROWS and (dtype is torch.bfloat16 or not held.values.is_cuda):
+        return [Held(held.values.reshape(-1, columns), held.inverse.expand(-1, rows, -1).reshape(-1, 1))]
     return [Held(held.values[i], held.inverse[i]) for i in range(samples)]
 
 
@@ -201,6 +206,11 @@ def _weight_gradient(held_g: Held, held_x: Held, config: QuantConfig, dtype: tor
     if held_x.inverse.numel() > 1 and held_x.inverse.shape[1] > 1:
         # Scales along the axis that is summed over: no 8-bit product has them.
         return held_g.float().flatten(0, 1).to(dtype).t() @ held_x.float().flatten(0, 1).to(dtype)
+    samples, rows, _ = held_g.values.shape
+    if samples > 1 and rows < FEW_ROWS:  # float32 has every number of eight bits: exact but for the order of sums
+        with torch.autocast(held_g.values.device.type, enabled=False):
+            each = torch.bmm(held_g.numbers().transpose(1, 2), held_x.numbers())
+            return (each * (held_g.inverse * held_x.inverse)).sum(0)
     total: torch.Tensor | None = None
     for i in range(len(held_g.values)):
         g = Held(held_g.values[i].t(), held_g.inverse[min(i, len(held_g.inverse) - 1)])

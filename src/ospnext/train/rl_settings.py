@@ -115,7 +115,9 @@ class GRPOConfig(Config):
     watch_tolerance: float = Field(
         default=0.1, gt=0, description="share by which a watched one may fall while the reward rises"
     )
-    watch_stop: bool = Field(default=False, description="stop when one has fallen further, or the reward itself falls; not only warn")
+    watch_stop: bool = Field(
+        default=False, description="stop when one falls further, or the reward itself; not only warn"
+    )
     ratio_tolerance: float | None = Field(
         default=None,
         gt=0,
