@@ -5,7 +5,8 @@
 Pieces, each of which is kept in ``--out`` and not done twice, so that the same command goes on where it was stopped:
 
 1. ``post``: the model in HiF8 against the model in bf16; ``running``: the same with running scales, measured by
-   ``ospnext quantize`` on a few prompts.
+   ``ospnext quantize`` on a few prompts; ``kernels``: as ``post`` with FP8 attention, which is for longer sequences
+   than these, one launch a video and step: fewer videos.
 2. ``train``: the model is trained further, in bf16 and in HiF8, from the same weights on the same clips and noise.
 3. ``tuned``: what was trained in HiF8, sampled in HiF8, against what was trained in bf16, sampled in bf16; ``crossed``:
    what was trained in HiF8, sampled in bf16, against the latter.
@@ -37,10 +38,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
     parser.add_argument("--model", default="shapes", help="a pipeline folder to start from")
     parser.add_argument("--videos", type=int, default=2000, help="held-out prompts of every comparison")
+    parser.add_argument("--kernel-videos", type=int, default=400, help="of the comparison with FP8 attention")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=200, help="videos at once")
     parser.add_argument("--training-steps", type=int, default=300)
-    parser.add_argument("--parts", default="post,running,train,tuned,crossed", help="which pieces")
+    parser.add_argument("--parts", default="post,running,train,tuned,crossed,kernels", help="which pieces")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further piece after this time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the training's recipe")
@@ -79,6 +81,16 @@ def compare(args: argparse.Namespace, name: str, first: Path | str, **other: Any
         equal=record["equal"],
         seconds=round(time.monotonic() - began, 1),
     )
+
+
+def compare_kernels(args: argparse.Namespace, **other: Any) -> None:
+    """``post`` with attention on FP8 tensor cores, however short sequences are."""
+    from ospnext.ops import attention8
+
+    usual, attention8.SHORTEST = attention8.SHORTEST, 0
+    fewer = argparse.Namespace(**vars(args) | {"videos": min(args.videos, args.kernel_videos)})
+    compare(fewer, "kernels", args.model, **other)
+    attention8.SHORTEST = usual
 
 
 def calibrated(args: argparse.Namespace) -> Path:
@@ -163,6 +175,7 @@ def main() -> int:
         "running": [lambda: compare(args, "running", args.model, model=calibrated(args))],
         "train": [lambda: train(args, "bf16"), lambda: train(args, "hif8")],
         "tuned": [lambda: compare(args, "tuned", tuned["bf16"], model=tuned["hif8"])],
+        "kernels": [lambda: compare_kernels(args, **eight)],
         "crossed": [lambda: compare(args, "crossed", tuned["bf16"], model=tuned["hif8"], **plain)],
     }
     for piece in [one for name in args.parts.split(",") for one in pieces[name]]:

@@ -328,8 +328,8 @@ def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = records(done.stdout)
     compared = {line["case"]: line for line in lines if "case" in line}
-    assert list(compared) == ["post", "running", "tuned", "crossed"]
-    assert ["hif8: " in line["settings"][1] for line in compared.values()] == [True, True, True, False]
+    assert list(compared) == ["post", "running", "tuned", "crossed", "kernels"]
+    assert ["hif8: " in line["settings"][1] for line in compared.values()] == [True, True, True, False, True]
     assert "scale by running" in compared["running"]["settings"][1]
     assert not any("hif8: " in line["settings"][0] for line in compared.values())
     assert all(line["videos"] == 3 and math.isfinite(line["psnr"]) for line in compared.values())

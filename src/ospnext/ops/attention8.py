@@ -28,6 +28,8 @@ if fused.TRITON:
     from ospnext.ops.triton_kernels import Into
 
 NUMERATOR_SCALE = 256.0
+SHORTEST = 2048
+"""Tokens from which on the kernel is worth it: it is launched for each sample, with that sample's scales."""
 _HOPPER = (9, 0)
 _MAX_HEAD = 128
 _EVEN_KEYS, _WORTH_PARTING = 256, 4096

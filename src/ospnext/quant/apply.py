@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ospnext.ops.attention import Attend
-from ospnext.ops.attention8 import why_not
+from ospnext.ops.attention8 import SHORTEST, why_not
 from ospnext.quant.attention import HiF8Attend
 from ospnext.quant.config import Execution, QuantConfig
 from ospnext.quant.linear import HiF8Linear, HiF8StoredLinear
@@ -139,7 +139,7 @@ def describe(model: nn.Module, execution: Execution | None = None, device: torch
         if device is not None and device.type == "cuda" and executions == {"fp8"}:
             head_dim = model.config.dim // model.config.num_heads  # type: ignore[union-attr, operator]
             reason = why_not(device, head_dim)
-            how = f"{how}: {reason}" if reason else "fp8: cuDNN"
+            how = f"{how}: {reason}" if reason else f"fp8: cuDNN, from {SHORTEST:,} tokens on"
         parts.append(f"{attentions} attentions ({how})")
     return f"hif8: {', '.join(parts)}"
 

@@ -137,7 +137,7 @@ def linear(layer: HiF8Linear, x: Held, dtype: torch.dtype) -> torch.Tensor:
 def self_attention(attention: Any, x: Held, dtype: torch.dtype, rope: torch.Tensor, segments: Any) -> torch.Tensor:
     """See ``models.transformer.SelfAttention.forward``."""
     q, k, v = (linear(layer, x, dtype) for layer in (attention.q, attention.k, attention.v))
-    if (inner := eight_bit(attention, q.device)) is None:
+    if (inner := eight_bit(attention, q)) is None:
         q, k = (attention.rotated(t, norm, rope) for t, norm in ((q, attention.norm_q), (k, attention.norm_k)))
         out = attention.attend(q, k, attention.heads(v), segments).flatten(-2)
         return linear(attention.o, fused8.hold(out, target(attention.o)), dtype)
@@ -151,7 +151,7 @@ def cross_attention(attention: Any, x: Held, text: torch.Tensor) -> torch.Tensor
     """See ``models.transformer.CrossAttention.forward``."""
     dtype, held_text = text.dtype, fused8.hold(text, target(attention.k)._replace(reduce=None))  # all have all of it
     q, k, v = (linear(*pair, dtype) for pair in ((attention.q, x), (attention.k, held_text), (attention.v, held_text)))
-    if (inner := eight_bit(attention, q.device)) is None:
+    if (inner := eight_bit(attention, q)) is None:
         q, k = attention.heads(attention.norm_q(q)), attention.heads(attention.norm_k(k))
         out = attention.attend(q, k, attention.heads(v)).flatten(-2)
         return linear(attention.o, fused8.hold(out, target(attention.o)), dtype)
@@ -176,10 +176,17 @@ def attended(
     return linear(attention.o, fused8.hold(attention.attend(q, k, v, *segments).flatten(-2), to), dtype)
 
 
-def eight_bit(attention: Any, device: torch.device) -> HiF8Attend | None:
-    """The quantised attention of a module that FP8 tensor cores can run, however it is wrapped."""
+def eight_bit(attention: Any, q: torch.Tensor) -> HiF8Attend | None:
+    """The quantised attention of a module, however it is wrapped, where it is one for FP8 tensor cores.
+
+    Args:
+        attention: the module.
+        q: its queries ``[B, N, dim]``.
+    """
+    if q.shape[1] < attention8.SHORTEST:
+        return None
     attend = attention.attend
     while attend is not None and not isinstance(attend, HiF8Attend):
         attend = getattr(attend, "attend", None)
     head_dim = attention.o.in_features // attention.num_heads
-    return None if attend is None or attention8.why_not(device, head_dim) else cast(HiF8Attend, attend)
+    return None if attend is None or attention8.why_not(q.device, head_dim) else cast(HiF8Attend, attend)
