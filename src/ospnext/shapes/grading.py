@@ -2,9 +2,15 @@
 
 import math
 import os
+import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import suppress
+from itertools import accumulate
 from multiprocessing import get_context
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -15,6 +21,7 @@ from ospnext.shapes.grade import Grade, grade
 from ospnext.shapes.scene import Scene
 
 VIDEOS_PER_PROCESS = 32  # fewer take less time than a process does to start
+_SHARED = Path("/dev/shm")  # where Linux keeps shared memory; containers often have little
 
 
 class Graders:
@@ -36,9 +43,7 @@ class Graders:
             with threadpool_limits(1):
                 return [grade(video, scene) for video, scene in zip(videos, scenes, strict=True)]
         try:
-            return list(
-                self._started().map(grade, videos, scenes, chunksize=max(1, min(4, len(videos) // (2 * self.workers))))
-            )
+            return [future.result() for future in self.begin(videos, scenes)]
         except BrokenExecutor:
             self.close()  # the next call starts new ones
             raise
@@ -46,8 +51,16 @@ class Graders:
     def begin(self, videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[Future[Grade]]:
         """As a call, but while other work goes on; one future for each video. Without processes it is done at once."""
         if self.workers > 1:
-            pool = self._started()
-            return [pool.submit(grade, video, scene) for video, scene in zip(videos, scenes, strict=True)]
+            pool, shared = self._started(), _Shared.of(videos)
+            if shared is None:
+                return [pool.submit(grade, video, scene) for video, scene in zip(videos, scenes, strict=True)]
+            futures = []
+            try:
+                for place, video, scene in zip(shared.places, videos, scenes, strict=True):
+                    futures.append(pool.submit(_grade_shared, shared.name, place, video.shape, scene))
+            finally:
+                shared.release_after(futures)
+            return futures
         futures = [Future[Grade]() for _ in videos]
         for future, found in zip(futures, self(videos, scenes), strict=True):
             future.set_result(found)
@@ -69,6 +82,65 @@ class Graders:
 
     def __exit__(self, *problem: object) -> None:
         self.close()
+
+
+class _Shared:
+    """Videos in memory that processes share: through their pipe they would come one after the other, at 5 ms each.
+
+    It is given back when this process ends, however it ends.
+    """
+
+    def __init__(self, videos: Sequence[np.ndarray]) -> None:
+        ends = list(accumulate(video.nbytes for video in videos))
+        self.places = [0, *ends[:-1]]
+        self._block = SharedMemory(create=True, size=ends[-1])
+        for place, video in zip(self.places, videos, strict=True):
+            np.copyto(np.ndarray(video.shape, np.uint8, self._block.buf, place), video)
+
+    @property
+    def name(self) -> str:
+        """By which other processes find it."""
+        return self._block.name
+
+    @classmethod
+    def of(cls, videos: Sequence[np.ndarray]) -> Self | None:
+        """The videos there, if there is room for them."""
+        need = sum(video.nbytes for video in videos)
+        if not need or (_SHARED.is_dir() and shutil.disk_usage(_SHARED).free < 2 * need):
+            return None
+        try:
+            return cls(videos)
+        except OSError:
+            return None
+
+    def release_after(self, futures: Sequence[Future[Grade]]) -> None:
+        """Give the memory back when all of these are done."""
+        waiting, lock = set(futures), threading.Lock()
+
+        def done(future: Future[Grade]) -> None:
+            with lock:
+                waiting.discard(future)
+                if not waiting:
+                    self._release()
+
+        for future in futures:
+            future.add_done_callback(done)
+        if not futures:
+            self._release()
+
+    def _release(self) -> None:
+        self._block.close()
+        self._block.unlink()
+
+
+def _grade_shared(name: str, place: int, shape: tuple[int, ...], scene: Scene) -> Grade:
+    """Grade a video uint8 that lies in shared memory."""
+    block = SharedMemory(name)
+    try:
+        return grade(np.ndarray(shape, np.uint8, block.buf, place), scene)
+    finally:
+        with suppress(BufferError):  # an error's traceback still holds the video
+            block.close()
 
 
 def grade_all(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[Grade]:

@@ -1,0 +1,67 @@
+"""Grading in processes: the same grades however videos travel, and nothing is left behind."""
+
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ospnext.shapes import grading
+from ospnext.shapes.grade import grade
+from ospnext.shapes.grading import Graders
+from ospnext.shapes.render import render
+from ospnext.shapes.scene import Scene
+from ospnext.train.clips import sample_scenes
+
+SHARED = Path("/dev/shm")
+
+
+def shared() -> set[str]:
+    """Names of what processes share."""
+    return {path.name for path in SHARED.glob("psm_*")} if SHARED.is_dir() else set()
+
+
+@pytest.fixture(scope="module")
+def clips() -> tuple[list[np.ndarray], list[Scene]]:
+    """Videos of two lengths, one of them not contiguous, and what is asked: of the first something else."""
+    scenes = sample_scenes("large", 5, seed=1)
+    videos = [np.asarray(video) for video in render(scenes, 33, 128, 128)]
+    videos[1] = videos[1][:17]
+    videos[2] = np.asfortranarray(videos[2])
+    return videos, [scenes[1], *scenes[1:]]
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["shared", "through a pipe"])
+def test_processes_grade_as_one_does(clips, room, monkeypatch):
+    if not room:
+        monkeypatch.setattr(grading._Shared, "of", lambda videos: None)
+    before = shared()
+    expected = [grade(*pair) for pair in zip(*clips, strict=True)]
+    with Graders(2) as graders:
+        futures = graders.begin(*clips)
+        assert not room or not SHARED.is_dir() or shared() > before
+        assert [future.result() for future in futures] == expected
+        assert graders(*clips) == expected
+        assert graders([], []) == []
+    assert shared() == before
+
+
+def test_memory_is_given_back_when_a_grader_fails(clips, monkeypatch):
+    before = shared()
+    with Graders(2) as graders:
+        flat = np.zeros((3, 128, 128), np.uint8)
+        good, bad = graders.begin([clips[0][1], flat], clips[1][1:3])
+        with pytest.raises(Exception, match=r".+"):
+            bad.result()
+        assert good.result() == grade(clips[0][1], clips[1][1])
+        for process in graders._started()._processes.values():
+            process.kill()
+        with pytest.raises(BrokenExecutor):
+            graders(*clips)
+        assert graders(*clips)[3].all_right
+    assert shared() == before
+
+
+def test_little_room_is_not_used(clips, monkeypatch):
+    monkeypatch.setattr(grading.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert grading._Shared.of(clips[0]) is None or not SHARED.is_dir()
