@@ -1,9 +1,6 @@
 """Saving: whole or not at all, and never over something else."""
 
-import errno
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from ospnext.checkpoints.read import CheckpointError, TensorInfo
-from ospnext.checkpoints.save import TARGETS, Source, new_folder, plan_shards, save_transformer, write_checkpoint
+from ospnext.checkpoints.save import TARGETS, Source, plan_shards, save_transformer, write_checkpoint
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
 
@@ -86,37 +83,3 @@ def test_shards_hold_at_most_their_size_in_order() -> None:
     tensors = {name: TensorInfo((size,), torch.uint8) for name, size in zip("abcde", (4, 5, 20, 1, 9), strict=True)}
     assert plan_shards(tensors, 10) == [["a", "b"], ["c"], ["d", "e"]]
     assert plan_shards(tensors, 100) == [list("abcde")]
-
-
-def test_sigterm_takes_the_draft_along(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_what_was_there_stays_where_the_new_one_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    rename = Path.rename
-
-    def refuse(path: Path, to: Path) -> Path:
-        if path.suffix == ".tmp":
-            raise PermissionError(errno.EPERM, "not now", str(path))
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="not now") as raised, new_folder(target):
-        pass
-    assert raised.value.filename == str(target)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "out"]
-
-
-def test_a_full_disk_is_said_of_the_folder_that_was_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as raised, new_folder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert raised.value.filename == str(tmp_path / "out")
-    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMu
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 import ospnext
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.load import (
     TEXT_ENCODER_FILE,
@@ -25,7 +26,6 @@ from ospnext.checkpoints.load import (
     load_vae,
 )
 from ospnext.checkpoints.read import CheckpointError, read_json, sound_settings
-from ospnext.checkpoints.save import new_folder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 
 EMBEDDED = Path(ospnext.__file__).parent / "assets" / "shapes"

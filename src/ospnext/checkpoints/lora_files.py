@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.formats import diffusers_name
 from ospnext.checkpoints.lora_alpha import CONFIG, alpha_of, config_of
 from ospnext.checkpoints.lora_keys import (
@@ -32,7 +33,7 @@ from ospnext.checkpoints.lora_keys import (
     read_keys,
 )
 from ospnext.checkpoints.read import CheckpointError, WeightFile, list_names
-from ospnext.checkpoints.save import let_others_read, new_folder
+from ospnext.checkpoints.save import let_others_read
 
 WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 WRITTEN = ("peft", "diffusers", "comfyui")

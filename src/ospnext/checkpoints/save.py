@@ -7,10 +7,6 @@ A folder gets config.json, safetensors shards and their index; ``pt`` is one fla
 
 import json
 import os
-import shutil
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.formats import DEFAULTS, NameMap, name_map, native_name, write_settings
 from ospnext.checkpoints.read import SUFFIXES, CheckpointError, TensorInfo
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -193,57 +190,3 @@ def _write(
     except (OSError, SafetensorError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{target}: cannot be written, is there room? ({reason})") from error
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place when the block ends well, and is gone when not.
-
-    Raises:
-        OSError: there is no room, or no right to write; names ``path``.
-    """
-    prefix = f".{path.name[:100]}."
-    with _named(path, path.with_name(prefix)), sigterm_interrupts():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
-        old = folder.with_suffix(".old")
-        try:
-            yield folder
-            folder.chmod(0o755)  # mkdtemp's is private
-            if path.exists():
-                path.rename(old)
-            try:
-                folder.rename(path)
-            except BaseException:
-                if old.exists():
-                    old.rename(path)
-                raise
-        finally:
-            for left in (folder, old):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _named(path: Path, draft: Path) -> Iterator[None]:
-    """Have errors name ``path``: not its draft, whose name begins so, nor, as those of a full disk do, nothing."""
-    try:
-        yield
-    except shutil.Error as error:  # a list, of a folder that was copied
-        raise OSError(f"{path}: {error.args[0][0][2]}") from error
-    except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(draft)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM interrupts as Ctrl-C does, where it would end the process without its leave: drafts go first."""
-    alone = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if alone:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if alone:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,16 +3,16 @@
 The file is replaced as a whole after every video, so that a run that is killed loses nothing that it finished.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from ospnext.checkpoints.drafts import locked
 from ospnext.config import Config, ConfigError
 
 FILE = "manifest.json"
@@ -124,21 +124,18 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is writing to the folder.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in ("video_*.mp4", FILE):
-            for partial in folder.glob(f".{name}.*.part"):
-                partial.unlink(missing_ok=True)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another output_dir") from error
-    except OSError:  # no locks here
-        pass
-    try:
+    with ExitStack() as lock:
+        try:
+            held = lock.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is writing to {folder}: wait for it, or choose another output_dir"
+            ) from error
+        if held:
+            for name in ("video_*.mp4", FILE):
+                for partial in folder.glob(f".{name}.*.part"):
+                    partial.unlink(missing_ok=True)
         yield
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
