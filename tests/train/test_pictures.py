@@ -63,7 +63,8 @@ def videos(tmp_path: Path) -> list[Shown]:
         path = tmp_path / f"video_{number}.mp4"
         if number == 0:
             write_video(path, frames)
-        made.append(shown(number, frames, 16, path))
+        made.append(shown(number, frames, 16, path, ["tensorboard", "wandb"]))
+    assert None not in made
     return made
 
 
@@ -104,6 +105,13 @@ def test_others_get_strips(videos: list[Shown]) -> None:
     assert step == 7
     assert values["validation"].shape == (2, 64, 4 * 320, 3)
     show(object(), "validation", videos, 7)  # which take no pictures: nothing
+
+
+def test_nothing_is_made_that_no_tracker_takes() -> None:
+    frames = np.zeros((5, 16, 16, 3), np.uint8)
+    assert shown(0, frames, 16, None, []) is None
+    (strip,) = [one for one in [shown(0, frames, 16, None, ["wandb"])] if one is not None]
+    assert strip.gif is None
 
 
 def test_no_videos_are_no_pictures(tmp_path: Path) -> None:

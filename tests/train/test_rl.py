@@ -28,6 +28,7 @@ from ospnext.media import read_video
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.rewards.simple import Brightness
+from ospnext.train import pictures
 from ospnext.train.held_out import suspicions
 from ospnext.train.rl import advantages_of
 from ospnext.train.rl_parts import settle
@@ -105,8 +106,9 @@ def test_a_checkpoint_folder_is_peft_s_and_holds_what_osp_next_s_does(folder, tm
     assert not set(base) & set(tensors)
 
 
-def test_what_was_evaluated_is_what_generate_makes(folder, tmp_path):
+def test_what_was_evaluated_is_what_generate_makes(folder, tmp_path, monkeypatch):
     """The averaged adapter's folder, the same seeds, the model's own shift: the videos of the last evaluation."""
+    monkeypatch.setattr(pictures, "animated_gif", None)  # there is no tracker to make any for
     assert train(folder, tmp_path / "run", num_epochs=2, optimizer_config__lr=0.1) == 0
     words = [f"model={folder / 'pipeline'}", f"lora_path={tmp_path / 'run/lora-checkpoint-4-ema'}", "seed=42"]
     words += [f"prompts={folder / 'held_out.txt'}", f"output_dir={tmp_path / 'out'}", "device=cpu"]

@@ -8,7 +8,7 @@ Trackers show the first few (``pictures``).
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ ROWS, COLUMNS = 4, 8  # of the grid over time; as many videos as it has rows go 
 
 
 class Evaluation(NamedTuple):
-    """What all processes get: means of all scores, ``reward`` the weighted sum, and the first videos by number."""
+    """What all processes get: means of all scores, ``reward`` the weighted sum, and the first videos for trackers."""
 
     means: dict[str, float]
     videos: list[Shown]
@@ -48,6 +48,7 @@ class HeldOut:
         folder: of the run.
         launch: this process.
         rank, ranks: this process's group among those that make different videos.
+        trackers: names of those that show videos.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class HeldOut:
         launch: Launch,
         rank: int,
         ranks: int,
+        trackers: Collection[str],
     ) -> None:
         self.config, self.videos, self.policy, self.prompts = config, videos, policy, list(prompts)
         self.shift, self.seed, self.folder, self.launch = shift, seed, folder, launch
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.trackers = rank, ranks, trackers
 
     def evaluate(self, epoch: int, step: int, seconds: float) -> Evaluation:
         """Evaluate; all processes call it together.
@@ -113,8 +115,8 @@ class HeldOut:
                 np.save(place / f"video_{number}.npy", frames)
             else:
                 write_video(path, frames, fps)
-            if number < ROWS:
-                made.append(shown(number, frames, fps, path))
+            if number < ROWS and (picture := shown(number, frames, fps, path, self.trackers)) is not None:
+                made.append(picture)
         return made
 
     def _write(

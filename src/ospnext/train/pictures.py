@@ -4,7 +4,7 @@ TensorBoard gets an animated GIF, in its image tab, and wandb the mp4 that was w
 pictures gets the strip, and so does wandb where its process finds no file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from itertools import compress
 from pathlib import Path
@@ -21,21 +21,23 @@ FRAMES_SHOWN = 4  # in a strip
 class Shown(NamedTuple):
     """A video as trackers get it; small enough to be handed from process to process.
 
-    ``gif`` has at most 24 frames of at most 256 pixels on the longer side; ``path`` is the written mp4, None if there
-    is none.
+    ``gif`` has at most 24 frames of at most 256 pixels on the longer side, None where TensorBoard is no tracker;
+    ``path`` is the written mp4, None if there is none.
     """
 
     number: int
     strip: np.ndarray  # uint8 [H, FRAMES_SHOWN * W, 3]
-    gif: bytes
+    gif: bytes | None
     path: Path | None
 
 
-def shown(number: int, frames: np.ndarray, fps: float, path: Path | None) -> Shown:
-    """Make a video, uint8 ``[T, H, W, 3]``, ready for trackers."""
+def shown(number: int, frames: np.ndarray, fps: float, path: Path | None, trackers: Collection[str]) -> Shown | None:
+    """Make a video, uint8 ``[T, H, W, 3]``, ready for the trackers of these names; None where there are none."""
+    if not trackers:
+        return None
     places = np.linspace(0, len(frames) - 1, FRAMES_SHOWN).round().astype(int)
     strip = np.concatenate(list(frames[places]), axis=1)
-    return Shown(number, strip, animated_gif(frames, fps), path)
+    return Shown(number, strip, animated_gif(frames, fps) if "tensorboard" in trackers else None, path)
 
 
 def show(tracker: Any, name: str, videos: Sequence[Shown], step: int) -> None:
@@ -62,6 +64,7 @@ def _to_tensorboard(writer: Any, name: str, videos: Sequence[Shown], step: int) 
 
     values = []
     for one in videos:
+        assert one.gif is not None, "made for TensorBoard"
         width, height = Image.open(BytesIO(one.gif)).size
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=one.gif)  # 3: RGB
         values.append(Summary.Value(tag=f"{name}/video_{one.number}", image=picture))

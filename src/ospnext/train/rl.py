@@ -116,7 +116,7 @@ class Training:
         shift = job.plan.sampling.shift
         self.roller = Roller(self.c, videos, policy, job.prompts, shift, config.seed, launch, rank, ranks)
         self.held_out = HeldOut(
-            self.c, videos, policy, job.eval_prompts, shift, config.seed, self.folder, launch, rank, ranks
+            self.c, videos, policy, job.eval_prompts, shift, config.seed, self.folder, launch, rank, ranks, trackers
         )
         self.progress, self.trackers = Progress(), trackers
         self.state = make_state(config, self.transformer, self.progress)

@@ -72,7 +72,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
         feed = agree(launch, lambda: open_feed(config, job, parts, crew))
         if launch.first:
             report(config, job, parts, [*job.notices, *said, *([] if teacher is None else [str(teacher)])])
-        validation = agree(launch, lambda: open_validation(config, job, parts, crew, launch, asked))
+        validation = agree(launch, lambda: open_validation(config, job, parts, crew, launch, asked, names))
         meter = Meter(peak_flops(job.device, resolve_dtype(config.weight_dtype)))
         around = Surroundings(
             launch,

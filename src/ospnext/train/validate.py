@@ -10,7 +10,7 @@ nothing had been.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,8 @@ class Asked(NamedTuple):
 class Made(NamedTuple):
     """A video of this process, once it is written or not."""
 
-    shown: Shown
+    number: int
+    shown: Shown | None
     grade: Grade | None
     problem: str
 
@@ -104,6 +105,7 @@ class Validation:
     launch: Launch
     crew: Crew
     size: dict[str, Any]
+    trackers: Collection[str]
 
     def __call__(self, state: TrainState, log: Log) -> None:
         """After a step: videos of the average, if it is time; all processes call it together."""
@@ -126,7 +128,7 @@ class Validation:
                 forget_gathered(module.train(was))
         everyone = [one for some in gather_objects(self.launch, made) for one in some]
         if self.launch.first:
-            self.show(sorted(everyone, key=lambda one: one.shown.number), state.step, log)
+            self.show(sorted(everyone, key=lambda one: one.number), state.step, log)
         log.leave_out(time.monotonic() - began)
 
     def make(self, folder: Path) -> list[Made]:
@@ -172,7 +174,7 @@ class Validation:
             problem = f"{path}: {error.strerror or error}"
         scenes = self.asked.scenes
         marks = None if scenes is None or len(video) < 2 else grade(video, scenes[number])
-        return Made(shown(number, video, fps, None if problem else path), marks, problem)
+        return Made(number, shown(number, video, fps, None if problem else path, self.trackers), marks, problem)
 
     def show(self, made: Sequence[Made], step: int, log: Log) -> None:
         """Videos and figures to the trackers and the file, in the first process."""
@@ -187,7 +189,7 @@ class Validation:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             print(f"warning: {error.filename}: {error.strerror}")
-        log.videos("validation", [one.shown for one in made], step)
+        log.videos("validation", [one.shown for one in made if one.shown is not None], step)
         numbers = {name: value for name, value in record.items() if name not in ("step", "videos")}
         if numbers:
             log.numbers({f"validation/{name}": value for name, value in numbers.items()}, step)
@@ -207,9 +209,17 @@ def figures(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def open_validation(
-    config: TrainConfig, job: Job, parts: Components, crew: Crew, launch: Launch, asked: Asked | None
+    config: TrainConfig,
+    job: Job,
+    parts: Components,
+    crew: Crew,
+    launch: Launch,
+    asked: Asked | None,
+    trackers: Collection[str],
 ) -> Validation | None:
     """What makes the videos, of the networks that are trained; loads those that training does without.
+
+    ``trackers``: names of those that show them.
 
     Raises:
         CheckpointError, OutOfMemoryError: as ``checkpoints.load``.
@@ -248,4 +258,4 @@ def open_validation(
     frames, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
     _, t, h, w = job.latents
     size = {"num_frames": frames * (t - 1) + 1, "height": space * h, "width": space * w}
-    return Validation(config, asked, pipe, launch, crew, size)
+    return Validation(config, asked, pipe, launch, crew, size, trackers)
