@@ -256,7 +256,44 @@ def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys, monke
 def test_videos_that_are_no_numbers_are_not_a_rewards_fault(folder, tmp_path, capsys):
     settings = {"optimizer_config__lr": 1e30, "rl_config__eval_prompt_file": None}
     assert train(folder, tmp_path, **settings) == 2
-    assert "8 of them hold NaN or infinity, which a lower optimizer_config.lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "8 of them hold NaN or infinity: in random step 0 (sigma 1 to 0.9) the velocity is not finite" in said
+    assert "lower optimizer_config.lr or rl_config.noise_level; where the adapter is broken already, remove" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        (
+            {"noise_level": 1e30},
+            "(sigma 1 to 0.9) the state after it is not finite, of noise of standard deviation 3.2e+29: "
+            "lower rl_config.noise_level (1e+30)",
+        ),
+        (
+            {"noise_level": 1e-30},
+            "(sigma 1 to 0.9) the log-probability is not finite, of noise of standard deviation 3.2e-31: "
+            "raise rl_config.noise_level (1e-30)",
+        ),
+        (
+            {"noise": "cps", "noise_level": 3},
+            "(sigma 1 to 0.9) the log-probability is not finite, of noise of standard deviation -9.0e-01: "
+            "lower rl_config.noise_level (3), which cps wants between 0 and 2",
+        ),
+        (
+            {"shift": 1e8},
+            "(sigma 1 to 1) the log-probability is not finite, of noise of standard deviation 0.0e+00: "
+            "float32 cannot tell its levels apart: take scheduler_config.shift nearer to 1",
+        ),
+        ({"shift": 1e-30}, "(sigma inf to 3e-30) sigma is not finite: take scheduler_config.shift nearer to 1"),
+    ],
+)
+def test_what_is_no_number_in_a_rollout_is_said_with_the_way_out(folder, tmp_path, capsys, settings, what):
+    given = {f"{'scheduler' if key == 'shift' else 'rl'}_config__{key}": value for key, value in settings.items()}
+    assert train(folder, tmp_path, rl_config__eval_prompt_file=None, **given) == 2
+    said = capsys.readouterr().err
+    assert "in random step 0 (" in said
+    assert what in said
+    assert newest(tmp_path) is None
 
 
 def test_infinite_rewards_are_no_numbers_in_the_log(folder, tmp_path, monkeypatch):

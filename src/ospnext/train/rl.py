@@ -32,7 +32,7 @@ from ospnext.parallel.apply import describe
 from ospnext.parallel.circle import Circle
 from ospnext.parallel.fsdp import forget_gathered
 from ospnext.parallel.guidance import SplitGuidance
-from ospnext.parallel.launch import Launch, agree, any_of
+from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
 from ospnext.parallel.state import StateWriter
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.clipping import AdaptiveClipper
@@ -47,6 +47,7 @@ from ospnext.train.rl_progress import SPAN, Progress
 from ospnext.train.rl_save import SETTINGS, changed_settings, resume_from, save_checkpoint
 from ospnext.train.rl_settings import GRPOConfig, RLConfig
 from ospnext.train.rl_update import Updater
+from ospnext.train.rl_why import not_finite, why_unscored
 from ospnext.train.rollout import Roller, Rollouts, StoppedError, Videos, Worth
 from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
@@ -197,9 +198,12 @@ class Training:
         forget_gathered(self.transformer)
         start = time.perf_counter()
         if not bool(worth.rewards.isfinite().any()):
+            part, steps = list(range(min(rollouts.batch, len(rollouts.samples)))), range(rollouts.levels.random)
+            unsound = not_finite(self.c, self.updater.policy, rollouts, [part], steps) if worth.unsound else None
+            unsound = next(filter(None, gather_objects(self.launch, unsound)), None)
             self.refuse(
                 f"not one of epoch {self.progress.epoch}'s {len(worth.rewards)} videos could be scored: "
-                f"{why_unscored(self.c, worth)}; the newest state is untouched"
+                f"{why_unscored(self.c, worth, unsound)}; the newest state is untouched"
             )
         everyone = advantages_of(self.c, worth)
         own = torch.tensor(rollouts.samples)
@@ -345,17 +349,6 @@ def set_rate(state: TrainState, rate: float) -> None:
     """Give all parameters a learning rate."""
     for group in state.optimiser.param_groups:
         group["lr"] = rate
-
-
-def why_unscored(c: GRPOConfig, worth: Worth) -> str:
-    """What is to blame where no sample of an epoch has a reward."""
-    if worth.unsound:
-        return (
-            f"{worth.unsound} of them hold NaN or infinity, which a lower optimizer_config.lr or rl_config.noise_level "
-            "prevents; where the adapter is broken already, remove the newest iter_ folders"
-        )
-    silent = [name for name in c.reward_fn if not bool(worth.each[name].isfinite().any())]
-    return f"{', '.join(silent) or 'their sum'} gave no number (a reward that raises is warned of above)"
 
 
 def advantages_of(c: GRPOConfig, worth: Worth) -> Tensor:

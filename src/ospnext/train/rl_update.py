@@ -20,6 +20,7 @@ from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, take_step
 from ospnext.train.policy import Policy
 from ospnext.train.rl_settings import GRPOConfig
+from ospnext.train.rl_why import describe_difference, not_finite
 from ospnext.train.rollout import Rollouts, step_at
 from ospnext.train.state import TrainState
 
@@ -169,11 +170,14 @@ class Updater:
         self.deviation = max(gather_objects(self.launch, deviation), key=lambda d: math.inf if math.isnan(d) else d)
         if not any_of(self.launch, far):
             return
+        unsound = not_finite(self.config, self.policy, rollouts, parts, steps)
         said = describe_difference(self.config, self.policy, rollouts, parts[0], steps)
         for module in self.state.modules.values():
             module.zero_grad(set_to_none=True)
 
         def refuse() -> None:
+            if unsound is not None:
+                raise RatioError(f"there is no probability ratio: {unsound}")
             if far:
                 raise RatioError(
                     f"before an update the probability ratio is {self.deviation:.2e} from 1, and {self.tolerance:.1e} "
@@ -181,36 +185,3 @@ class Updater:
                 )
 
         agree(self.launch, refuse)
-
-
-@torch.no_grad()
-def describe_difference(config: GRPOConfig, policy: Policy, rollouts: Rollouts, part: list[int], steps: range) -> str:
-    """Which of the things that differ between rollout and training changes log-probabilities, in words.
-
-    All processes call it together: it asks the model.
-    """
-
-    def distance(step: int, places: list[int], gradients: bool) -> float:
-        with torch.set_grad_enabled(gradients):
-            now = step_at(config, policy, rollouts, step, rollouts.text.rows(places), rollouts.states[step][places])
-        values = log_prob(rollouts.states[step + 1][places], now.step)
-        return (values.detach() - rollouts.log_probs[step][places]).abs().max().item()
-
-    step = max(steps, key=lambda s: distance(s, part, gradients=True))
-    batch = list(range(min(rollouts.batch, len(rollouts.samples))))
-    training, sampling, again = (distance(step, part, True), distance(step, part, False), distance(step, batch, False))
-    said = (
-        f"Log-probabilities of random step {step} differ by {training:.1e} in training; without gradients, as the "
-        f"kernels of sampling compute, by {sampling:.1e}; in the rollout's own batch of {len(batch)} by {again:.1e}. "
-    )
-    if again > 10 * max(training, 1e-12) or min(training, sampling, again) > training / 2:
-        return said + "All differ: the weights or the text are not those of the rollout"
-    if sampling < training / 2:
-        return said + (
-            "Gradients make the difference: other kernels or compilation compute with them: set "
-            "rl_config.exact_rollouts=true"
-        )
-    return said + (
-        f"The batch makes the difference: use train_batch_size={rollouts.batch}, weight_dtype=fp32, or a larger "
-        "clip_range"
-    )

@@ -260,11 +260,12 @@ class Roller:
 
 
 class At(NamedTuple):
-    """A random step of samples: where it may lead, and its levels."""
+    """A random step of samples: where it may lead, its levels, and the velocity [B, ...] that leads there."""
 
     step: Any  # flow.sde.Gaussian
     sigma: Tensor
     sigma_next: Tensor
+    velocity: Tensor
 
 
 def step_at(config: GRPOConfig, policy: Policy, rollouts: Rollouts, step: int, text: Text, x: Tensor) -> At:
@@ -282,7 +283,7 @@ def step_at(config: GRPOConfig, policy: Policy, rollouts: Rollouts, step: int, t
     i = rollouts.levels.first + step
     sigma, sigma_next = sigmas[i], sigmas[i + 1]
     v = policy.trained(text)(x, (TIMESTEPS * sigma).expand(len(x)))
-    return At(gaussian(x, v, sigma, sigma_next, sigmas[1], config.noise, config.level), sigma, sigma_next)
+    return At(gaussian(x, v, sigma, sigma_next, sigmas[1], config.noise, config.level), sigma, sigma_next, v)
 
 
 @torch.no_grad()
