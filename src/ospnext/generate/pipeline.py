@@ -6,23 +6,21 @@
 The latents are float32 from the first noise to the decoder, whatever the dtype of the weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.video_processor import VideoProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ospnext.checkpoints.components import load_pipeline_components, pipeline_folder
 from ospnext.checkpoints.fill import ProgressCallback
 from ospnext.checkpoints.save import saving
-from ospnext.device import resolve_device
 from ospnext.flow.sample import BothHalves, GuidanceMode, StopSampling, denoise, guided
 from ospnext.generate.inputs import (
     CALLBACK_TENSORS,
@@ -33,6 +31,7 @@ from ospnext.generate.inputs import (
     initial_latents,
 )
 from ospnext.generate.lora import LoraMethods
+from ospnext.generate.placement import MODULES, PlacedPipeline
 from ospnext.generate.sampler import Scheduler, make_sampler, make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import WAN_SAMPLING, read_model_settings
 from ospnext.generate.size import SizeStep, VideoSize, fit_size, size_step
@@ -42,12 +41,11 @@ from ospnext.models.vae_pieces import Team
 from ospnext.models.video_vae import DECODE_MODES, DecodeMode, decode
 
 _CLEANING: dict[str, Callable[[str], str]] = {"wan": clean_wan, "none": lambda text: text}
-_MODULES = ("transformer", "vae", "text_encoder")
 
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class OSPNextPipeline(LoraMethods, DiffusionPipeline):
+class OSPNextPipeline(LoraMethods, PlacedPipeline):
     """Text to video with the sparse transformer.
 
     Args:
@@ -63,8 +61,7 @@ class OSPNextPipeline(LoraMethods, DiffusionPipeline):
     Attributes:
         decode_modes: ways the VAE may decode, best first; see ``models.video_vae.decode``.
         decode_mode: the way the last call took.
-        offload: names of components that go back to the CPU when their work is done.
-        sharded: names of components whose weights processes share; they are never moved.
+        offload, sharded: which components move when, and which never; see ``placement``.
         halves: how to get both halves of guidance, in place of a call's ``guidance_mode``.
         team: who decodes along; then frames come out in the first of them alone, None in the others.
     """
@@ -95,13 +92,10 @@ class OSPNextPipeline(LoraMethods, DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
         self.decode_modes: Sequence[DecodeMode] = DECODE_MODES
         self.decode_mode: DecodeMode | None = None
-        self.offload: frozenset[str] = frozenset()
-        self.sharded: frozenset[str] = frozenset()
         self.halves: BothHalves | None = None
         self.team: Team | None = None
         self._lora_weights: dict[str, float] = {}
         self._unfused: dict[str, Tensor] | None = None
-        self._device: torch.device | None = None
         self._guidance_scale = 0.0
         self._num_timesteps = 0
         self._interrupt = False
@@ -130,9 +124,9 @@ class OSPNextPipeline(LoraMethods, DiffusionPipeline):
             CheckpointError, OutOfMemoryError: see ``checkpoints.load``; both are ValueErrors.
         """
         named = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
-        unknown = sorted(named.keys() - {"default", *_MODULES})
+        unknown = sorted(named.keys() - {"default", *MODULES})
         if unknown:
-            raise ValueError(f"torch_dtype names {', '.join(unknown)}: the components are {', '.join(_MODULES)}")
+            raise ValueError(f"torch_dtype names {', '.join(unknown)}: the components are {', '.join(MODULES)}")
         parts = load_pipeline_components(
             pipeline_folder(pretrained_model_name_or_path),
             transformer_dtype=named.get("transformer", named.get("default")),
@@ -180,51 +174,6 @@ class OSPNextPipeline(LoraMethods, DiffusionPipeline):
             raise ValueError("the transformer carries a LoRA adapter: merge or unload it before saving the pipeline")
         with saving(Path(save_directory)):
             super().save_pretrained(str(save_directory), **kwargs)
-
-    # ── where components are ──────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self._device or self.transformer.device
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move (or cast) every component, as diffusers does; ends any offloading."""
-        self._device, self.offload = None, frozenset()
-        return super().to(*args, **kwargs)
-
-    def place(self, device: torch.device | str, offload: Iterable[str] = ()) -> None:
-        """Compute on ``device``, but keep the components named in ``offload`` on the CPU while they are idle."""
-        self._device, self.offload = torch.device(device), frozenset(offload)
-        for name in set(_MODULES) - self.sharded:
-            getattr(self, name).to("cpu" if name in self.offload else self._device)
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Hold every component on the CPU but for the one at work: the least device memory, at some time per call.
-
-        Args:
-            gpu_id: index of the accelerator.
-            device: the accelerator; default: the one of this machine, or the CPU where there is none.
-        """
-        if device is None:
-            found = resolve_device("auto")
-            device = found if gpu_id is None else torch.device(found.type, gpu_id)
-        self.place(device, _MODULES)
-
-    @contextmanager
-    def at_work(self, name: str) -> Iterator[nn.Module]:
-        """The component on the execution device, and back on the CPU afterwards if it is one to be offloaded."""
-        module = getattr(self, name)
-        if name in self.sharded:
-            yield module
-            return
-        if module.device != self._execution_device:
-            module.to(self._execution_device)
-        try:
-            yield module
-        finally:
-            if name in self.offload and self._execution_device.type != "cpu":
-                module.to("cpu")
-                torch.accelerator.empty_cache()
 
     # ── text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
