@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -338,3 +339,44 @@ def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
     assert losses["training in bf16"] == pytest.approx(losses["training in hif8"], rel=0.05)
     again = run()
     assert records(again.stdout)[0]["seconds"] < 1, "nothing is done twice"
+
+
+@pytest.mark.long
+def test_half_an_hour_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """All pieces with next to no work in them: stopped once, then to the end, then nothing is done again."""
+    data = "data_config.dataset_config.num_clips=4 data_config.batch_size=2 weight_dtype=fp32"
+    rl = {"num_inference_steps": 4, "sde_steps": 2, "eval_num_steps": 2, "sample_batch_size": 4}
+    rl |= {"num_batches_per_epoch": 1, "num_image_per_prompt": 2, "best_of_n": 2, "train_batch_size": 4}
+    rl_words = [f"rl_config.{key}={value}" for key, value in rl.items()]
+    rl_words += ["weight_dtype=fp32", "vae_config.dtype=fp32", "reward_config.options.shapes.workers=1"]
+
+    def changed(words: Sequence[str]) -> str:
+        return " ".join(f"--set {word}" for word in words)
+
+    few = "--videos 2 --sampling-steps 1 --batch 2"
+    more = {
+        "recipe": f"num_captions=40 {data} vae_config.dtype=fp32 warmup_steps=1",
+        "grade": "num_inference_steps=2 batch_size=2",
+        "rl": f"--prompts 2 {changed(rl_words)}",
+        "hif8": f"{few} --parts post {changed(data.split())}",
+        "sparse": f"{few} --dense-steps 1 --steps 0 --weights 0 {changed(data.split())}",
+    }
+    words = ["--out", str(tmp_path), "--gpus", "", "--steps", "4", "--every", "2", "--first-state", "2"]
+    words += ["--rl-minutes", "0.1", "--grade-prompts", "2", "--start-prompts", "2"]
+    words += [word for key, value in more.items() for word in (f"--{key}", value)]
+
+    def run(minutes: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(BENCHMARKS / "half_hour.py"), *words, "--minutes", minutes]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+    assert run("0.3").returncode == 3
+    done = run("14")
+    assert done.returncode == 0, done.stdout
+    lines = records(done.stdout)
+    ended = {line["piece"]: line["code"] for line in lines if line.get("event") == "ends"}
+    assert {"recipe", "grade_4", "grade_2", "rl_mix", "rl_leading", "rl_all", "hif8", "sparse"} <= ended.keys()
+    assert {line.get("variant") for line in lines} >= {"mix", "leading", "all"}
+    assert any(line.get("case") == "post" for line in lines)
+    again = run("14")
+    assert again.returncode == 0
+    assert not [line for line in records(again.stdout) if line.get("event")]

@@ -1,0 +1,297 @@
+"""All figures of the shapes world that need training, in half an hour of two GPUs.
+
+    python benchmarks/half_hour.py --out runs/half_hour
+
+What runs, in processes with a log each in ``--out``:
+
+- on the first GPU ``ospnext train-text`` and ``ospnext train configs/shapes/transformer.yaml``, then the grade of what
+  came of it on ``--grade-prompts`` held-out prompts;
+- on the last one ``hif8_quality.py``, then ``dense_to_sparse.py``, which stand still while
+- ``rl_shapes.py`` has that GPU for itself: it starts from the state of the recipe in which the share of right videos is
+  nearest one half, with the variant ``mix``; then ``leading`` and ``all`` side by side, with the others going on.
+
+Every piece keeps what it has done, so that the same command goes on where it was stopped or where its ``--minutes``
+were over. Prints a JSON line when a piece begins or ends, and last what the pieces have found.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = ROOT / "src/ospnext/assets/shapes"
+GRACE = 40.0  # seconds that a piece has to save and end
+SPENT = 3  # exit code of a variant whose last epoch would not have ended in its minutes
+HALF = 0.46  # share of right videos from which on no later state is waited for
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
+    parser.add_argument("--minutes", type=float, default=28.0, help="then everything saves and ends")
+    parser.add_argument("--gpus", default="0,1", help="numbers; one is shared by all; none: the CPU")
+    parser.add_argument("--steps", type=int, default=14000, help="of the recipe")
+    parser.add_argument("--first-state", type=int, default=3000, help="the first that reinforcement learning may take")
+    parser.add_argument("--every", type=int, default=500, help="steps between states")
+    parser.add_argument("--rl-minutes", type=float, default=8.2, help="of each variant")
+    parser.add_argument("--grade-prompts", type=int, default=2048, help="held-out prompts that the recipe is graded on")
+    parser.add_argument("--start-prompts", type=int, default=256, help="that its states are")
+    for name in ("recipe", "grade", "rl", "hif8", "sparse"):
+        parser.add_argument(f"--{name}", default="", metavar="WORDS", help=f"more words for {name}'s command")
+    return parser.parse_args()
+
+
+class OutOfTimeError(Exception):
+    """The minutes are over."""
+
+
+class Run:
+    """Pieces in processes of their own.
+
+    Args:
+        args: the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.end = args, time.monotonic() + 60 * args.minutes
+        self.gpus = [gpu for gpu in args.gpus.split(",") if gpu]
+        self.device = "cuda" if self.gpus else "cpu"
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // 4)  # training needs few: grading is what needs many
+        self.cores = {0: cores[:share], -1: cores[share:] or cores}
+        self.free = threading.Event()  # what may stand still goes on
+        self.free.set()
+        self.broken = threading.Event()  # there will be no further states
+
+    def do(self, name: str, command: Sequence[str], place: int, yields: bool = False) -> None:
+        """Run a piece to its end.
+
+        Args:
+            name: of its log; a name that was done is not done again.
+            command: its words.
+            place: 0 is the first GPU, -1 the last one.
+            yields: it stands still while ``alone``.
+
+        Raises:
+            OutOfTimeError: the minutes are over; it was asked to save.
+            RuntimeError: it failed.
+        """
+        done = self.args.out / f"{name}.done"
+        if done.exists():
+            return
+        if time.monotonic() >= self.end:
+            raise OutOfTimeError
+        say(piece=name, event="begins")
+        began = time.monotonic()
+        here = ["taskset", "-c", ",".join(map(str, self.cores[place]))]
+        if self.gpus:
+            here += ["env", f"CUDA_VISIBLE_DEVICES={self.gpus[place]}"]
+        with (self.args.out / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*here, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        code, asked = self._wait(process, yields)
+        say(piece=name, event="ends", code=code, seconds=round(time.monotonic() - began, 1))
+        if asked:
+            raise OutOfTimeError
+        if code not in (0, SPENT):
+            last = (self.args.out / f"{name}.log").read_text(errors="replace").splitlines()[-1:]
+            raise RuntimeError(f"{name} failed with code {code}: {' '.join(last)}")
+        done.touch()
+
+    def _wait(self, process: subprocess.Popen, yields: bool) -> tuple[int, bool]:
+        """The exit code, and whether the process was asked to end."""
+        still = False
+        while process.poll() is None:
+            if yields and still == self.free.is_set():
+                still = not self.free.is_set()
+                os.killpg(process.pid, signal.SIGSTOP if still else signal.SIGCONT)
+            if time.monotonic() >= self.end:
+                os.killpg(process.pid, signal.SIGCONT)
+                process.terminate()
+                try:
+                    return process.wait(GRACE), True
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    return process.wait(), True
+            time.sleep(0.2)
+        return process.returncode, False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, pieces that yield stand still."""
+        self.free.clear()
+        try:
+            yield
+        finally:
+            self.free.set()
+
+
+def say(**line: object) -> None:
+    """Print a JSON line."""
+    print(json.dumps({"benchmark": "half_hour", "time": time.strftime("%H:%M:%S"), **line}), flush=True)
+
+
+def ospnext(*words: object) -> list[str]:
+    """A command of ospnext."""
+    return [sys.executable, "-m", "ospnext", *map(str, words)]
+
+
+def script(run: Run, name: str, out: Path, more: str, *words: object) -> list[str]:
+    """A script beside this one."""
+    command = [sys.executable, ROOT / "benchmarks" / name, "--out", out, "--device", run.device, *words]
+    return [*map(str, command), *shlex.split(more)]
+
+
+def recipe(run: Run) -> None:
+    """The shapes recipe from the beginning, and its grade."""
+    args = run.args
+    text, out = args.out / "text", args.out / "recipe"
+    small = shlex.split(args.recipe)
+    own_text = [word for word in small if word.startswith("num_captions=")]
+    run.do(
+        "text",
+        ospnext(
+            "train-text",
+            ROOT / "configs/shapes/text.yaml",
+            f"output_dir={text}",
+            f"device={run.device}",
+            *(["training_iteration=2", "batch_size=4"] if own_text else []),
+            *own_text,
+        ),
+        0,
+    )
+    given = {
+        "output_dir": out,
+        "device": run.device,
+        "vae_config.vae_path": EMBEDDED / "vae",
+        "text_encoder_config.checkpoint_path": text / "text_encoder",
+        "text_encoder_config.text_tokenizer_path": EMBEDDED / "tokenizer",
+        "training_iteration": args.steps,
+        "save_interval": args.every,
+        "keep_checkpoints": "",
+        "trackers": "[]",
+    }
+    words = [f"{key}={value}" for key, value in given.items()] + [w for w in small if w not in own_text]
+    try:
+        run.do("recipe", ospnext("train", ROOT / "configs/shapes/transformer.yaml", *words), 0)
+    except RuntimeError:
+        run.broken.set()
+        raise
+    share = grade(run, args.steps, args.grade_prompts, 0)
+    say(piece="recipe", steps=args.steps, share=share)
+
+
+def state(run: Run, step: int) -> Path:
+    """Where the recipe leaves a state."""
+    return run.args.out / "recipe" / f"iter_{step:09d}"
+
+
+def grade(run: Run, step: int, prompts: int, place: int) -> float:
+    """The share of right videos of a state's averaged weights, which become a pipeline folder ``step_N``."""
+    model, graded = run.args.out / f"step_{step}", run.args.out / f"grade_{step}"
+    if not (run.args.out / f"export_{step}.done").exists():
+        shutil.rmtree(model, ignore_errors=True)  # of an export that was cut short
+    run.do(f"export_{step}", ospnext("export", state(run, step), model), place)
+    given = {"model": model, "num_prompts": prompts, "batch_size": 128, "keep_videos": 0, "output_dir": graded}
+    words = [f"{key}={value}" for key, value in (given | {"device": run.device}).items()]
+    run.do(f"grade_{step}", ospnext("evaluate-shapes", *words, *shlex.split(run.args.grade)), place)
+    found = json.loads((graded / "shapes.json").read_text())["result"]["everything"]
+    return found["right"] / found["asked"]
+
+
+def others(run: Run) -> None:
+    """What stands still while reinforcement learning has the GPU."""
+    out, args = run.args.out, run.args
+    run.do("hif8", script(run, "hif8_quality.py", out / "hif8", args.hif8, "--sampling-steps", 10), -1, yields=True)
+    dense = script(run, "dense_to_sparse.py", out / "sparse", args.sparse, "--dense-steps", 1500)
+    run.do("sparse", dense, -1, yields=True)
+
+
+def reinforcement(run: Run) -> None:
+    """Mix-GRPO's window alone, then the others side by side."""
+    start = half_right(run)
+    with run.alone():
+        run.do("rl_mix", variant(run, "mix", start), -1)
+    with ThreadPoolExecutor() as lanes:
+        both = [lanes.submit(run.do, f"rl_{v}", variant(run, v, start), -1) for v in ("leading", "all")]
+    for one in both:
+        one.result()
+
+
+def variant(run: Run, name: str, start: Path) -> list[str]:
+    """The command of a variant."""
+    words = ("--model", start, "--variants", name, "--minutes", run.args.rl_minutes)
+    return script(run, "rl_shapes.py", run.args.out / "rl", run.args.rl, *words)
+
+
+def half_right(run: Run) -> Path:
+    """The state of the recipe that is nearest to one half right, as a pipeline folder."""
+    args = run.args
+    shares: dict[int, float] = {}
+    for step in range(args.first_state, args.steps, args.every):
+        while not state(run, step).exists():
+            if time.monotonic() >= run.end:
+                raise OutOfTimeError
+            if run.broken.is_set():
+                raise RuntimeError(f"no state {step} of the recipe to start from")
+            time.sleep(0.2)
+        with run.alone():
+            shares[step] = grade(run, step, args.start_prompts, -1)
+        say(piece="start", step=step, share=shares[step])
+        if shares[step] >= HALF:
+            break
+    chosen = min(shares, key=lambda step: abs(shares[step] - 0.5))
+    say(piece="start", chosen=chosen, share=shares[chosen])
+    return args.out / f"step_{chosen}"
+
+
+def found(folder: Path) -> Iterator[dict]:
+    """What the scripts have printed."""
+    for name in ("hif8", "sparse", "rl_mix", "rl_leading", "rl_all"):
+        log = folder / f"{name}.log"
+        for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+            if line.startswith("{"):
+                yield json.loads(line)
+
+
+def main() -> int:
+    """0 once all pieces are there, 3 where the time was up before, 1 where one failed."""
+    args = options()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    run, code = Run(args), 0
+    with ThreadPoolExecutor() as lanes:
+        for lane in [lanes.submit(work, run) for work in (recipe, others, reinforcement)]:
+            try:
+                lane.result()
+            except OutOfTimeError:
+                code = max(code, 3)
+            except Exception as error:
+                say(error=str(error))
+                code = 1 if code == 0 else code
+    for line in found(args.out):
+        print(json.dumps(line), flush=True)
+    print({0: "all is there", 3: "the time is up: the same command goes on"}.get(code, "a piece failed"))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
