@@ -1,15 +1,16 @@
-"""All figures of the shapes world that need training, in half an hour of two GPUs.
+"""All figures of the shapes world that need training, in half an hour of four GPUs, or of two with less in it.
 
     python benchmarks/half_hour.py --out runs/half_hour
 
 What runs, in processes with a log each in ``--out``:
 
-- on the first GPU ``ospnext train-text`` and ``ospnext train configs/shapes/transformer.yaml``, then the grade of what
+- on GPU 0 ``ospnext train-text`` and ``ospnext train configs/shapes/transformer.yaml``, then the grade of what
   came of it on ``--grade-prompts`` held-out prompts;
-- on the last one ``hif8_quality.py``, then ``dense_to_sparse.py``, which stand still while
-- ``rl_shapes.py`` has that GPU for itself: it starts from the state of the recipe in which the share of right videos is
-  nearest one half, with the variant ``mix``; then ``leading`` and ``all`` side by side, with the others going on.
+- on GPUs 1 and 2 ``hif8_quality.py`` and ``dense_to_sparse.py``, which stand still while
+- ``rl_shapes.py`` has a GPU for itself: it starts from the state of the recipe in which the share of right videos is
+  nearest one half, with ``mix`` on GPU 3, ``leading`` on 1 and ``all`` on 2.
 
+With fewer GPUs the last one does what others would do; then ``leading`` and ``all`` come after ``mix``, side by side.
 Every piece keeps what it has done, so that the same command goes on where it was stopped or where its ``--minutes``
 were over. Prints a JSON line when a piece begins or ends, and last what the pieces have found.
 """
@@ -24,9 +25,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -41,11 +43,12 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
     parser.add_argument("--minutes", type=float, default=28.0, help="then everything saves and ends")
-    parser.add_argument("--gpus", default="0,1", help="numbers; one is shared by all; none: the CPU")
+    parser.add_argument("--gpus", default="0,1,2,3", help="numbers; none: the CPU")
     parser.add_argument("--steps", type=int, default=14000, help="of the recipe")
     parser.add_argument("--first-state", type=int, default=3000, help="the first that reinforcement learning may take")
     parser.add_argument("--every", type=int, default=500, help="steps between states")
-    parser.add_argument("--rl-minutes", type=float, default=8.2, help="of each variant")
+    parser.add_argument("--rl-minutes", type=float, default=8.2, help="of mix")
+    parser.add_argument("--other-rl-minutes", type=float, default=8.2, help="of leading and of all")
     parser.add_argument("--grade-prompts", type=int, default=2048, help="held-out prompts that the recipe is graded on")
     parser.add_argument("--start-prompts", type=int, default=256, help="that its states are")
     for name in ("recipe", "grade", "rl", "hif8", "sparse"):
@@ -70,7 +73,7 @@ class Run:
         self.device = "cuda" if self.gpus else "cpu"
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // 4)  # training needs few: grading is what needs many
-        self.cores = {0: cores[:share], -1: cores[share:] or cores}
+        self.cores = [cores[:share], cores[share:] or cores]
         self.free = threading.Event()  # what may stand still goes on
         self.free.set()
         self.broken = threading.Event()  # there will be no further states
@@ -81,7 +84,7 @@ class Run:
         Args:
             name: of its log; a name that was done is not done again.
             command: its words.
-            place: 0 is the first GPU, -1 the last one.
+            place: number of the GPU; the last one stands for those that are not there.
             yields: it stands still while ``alone``.
 
         Raises:
@@ -95,9 +98,9 @@ class Run:
             raise OutOfTimeError
         say(piece=name, event="begins")
         began = time.monotonic()
-        here = ["taskset", "-c", ",".join(map(str, self.cores[place]))]
+        here = ["taskset", "-c", ",".join(map(str, self.cores[place > 0]))]
         if self.gpus:
-            here += ["env", f"CUDA_VISIBLE_DEVICES={self.gpus[place]}"]
+            here += ["env", f"CUDA_VISIBLE_DEVICES={self.gpus[min(place, len(self.gpus) - 1)]}"]
         with (self.args.out / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*here, *command],
@@ -218,27 +221,48 @@ def grade(run: Run, step: int, prompts: int, place: int) -> float:
 
 
 def others(run: Run) -> None:
-    """What stands still while reinforcement learning has the GPU."""
+    """What stands still while reinforcement learning has the GPUs."""
     out, args = run.args.out, run.args
-    run.do("hif8", script(run, "hif8_quality.py", out / "hif8", args.hif8, "--sampling-steps", 10), -1, yields=True)
-    dense = script(run, "dense_to_sparse.py", out / "sparse", args.sparse, "--dense-steps", 1500)
-    run.do("sparse", dense, -1, yields=True)
+    pieces = {
+        "hif8": script(run, "hif8_quality.py", out / "hif8", args.hif8, "--sampling-steps", 10),
+        "sparse": script(run, "dense_to_sparse.py", out / "sparse", args.sparse, "--dense-steps", 1500),
+    }
+    together(
+        [partial(run.do, name, command, place, yields=True) for place, (name, command) in enumerate(pieces.items(), 1)],
+        len(run.gpus) > 2,
+    )
 
 
 def reinforcement(run: Run) -> None:
-    """Mix-GRPO's window alone, then the others side by side."""
+    """The variants of the window, from the same start."""
     start = half_right(run)
+    mix, *rest = (
+        partial(run.do, f"rl_{name}", variant(run, name, start, minutes), place)
+        for name, minutes, place in (
+            ("mix", run.args.rl_minutes, 3),
+            ("leading", run.args.other_rl_minutes, 1),
+            ("all", run.args.other_rl_minutes, 2),
+        )
+    )
     with run.alone():
-        run.do("rl_mix", variant(run, "mix", start), -1)
-    with ThreadPoolExecutor() as lanes:
-        both = [lanes.submit(run.do, f"rl_{v}", variant(run, v, start), -1) for v in ("leading", "all")]
-    for one in both:
+        if len(run.gpus) > 3:
+            together([mix, *rest])
+        else:
+            mix()
+    together(rest)
+
+
+def together(pieces: Sequence[Callable[[], None]], at_once: bool = True) -> None:
+    """Do pieces side by side, or one after the other; the first that fails is told of when all have ended."""
+    with ThreadPoolExecutor(len(pieces) if at_once else 1) as lanes:
+        doing = [lanes.submit(piece) for piece in pieces]
+    for one in doing:
         one.result()
 
 
-def variant(run: Run, name: str, start: Path) -> list[str]:
+def variant(run: Run, name: str, start: Path, minutes: float) -> list[str]:
     """The command of a variant."""
-    words = ("--model", start, "--variants", name, "--minutes", run.args.rl_minutes)
+    words = ("--model", start, "--variants", name, "--minutes", minutes)
     return script(run, "rl_shapes.py", run.args.out / "rl", run.args.rl, *words)
 
 
@@ -254,7 +278,7 @@ def half_right(run: Run) -> Path:
                 raise RuntimeError(f"no state {step} of the recipe to start from")
             time.sleep(0.2)
         with run.alone():
-            shares[step] = grade(run, step, args.start_prompts, -1)
+            shares[step] = grade(run, step, args.start_prompts, 3)
         say(piece="start", step=step, share=shares[step])
         if shares[step] >= HALF:
             break

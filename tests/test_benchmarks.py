@@ -362,7 +362,7 @@ def test_half_an_hour_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         "sparse": f"{few} --dense-steps 1 --steps 0 --weights 0 {changed(data.split())}",
     }
     words = ["--out", str(tmp_path), "--gpus", "", "--steps", "4", "--every", "2", "--first-state", "2"]
-    words += ["--rl-minutes", "0.1", "--grade-prompts", "2", "--start-prompts", "2"]
+    words += ["--rl-minutes", "0.1", "--other-rl-minutes", "0.1", "--grade-prompts", "2", "--start-prompts", "2"]
     words += [word for key, value in more.items() for word in (f"--{key}", value)]
 
     def run(minutes: str) -> subprocess.CompletedProcess:
