@@ -6,6 +6,8 @@ Pieces, each of which is kept in ``--out`` and goes on where it was stopped when
 
 1. Without ``--model``: a new transformer is trained from scratch, with the embedded model's VAE and text encoder, for
    ``--undertrained-steps`` steps: about half of its videos are to be fully right.
+   With ``--weaken 0.35`` it is the embedded model instead, with noise of that share of each block weight's deviation:
+   a start that takes no training, to try rates with.
 2. For every variant: ``configs/rl/shapes.yaml`` for ``--minutes`` of rolling out and training. Before, along the way
    and after, the averaged adapter draws ``--prompts`` held-out prompts, with the same seeds each time.
 
@@ -17,6 +19,7 @@ points. ``--draw`` makes pictures of a finished folder (on a machine with PyAV a
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -39,6 +42,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
     parser.add_argument("--model", help="a pipeline folder to start from; default: one is trained too little")
+    parser.add_argument("--weaken", type=float, help="start from the embedded model with so much noise on its weights")
     parser.add_argument("--undertrained-steps", type=int, default=4700, help="steps of that training, batches of 320")
     parser.add_argument("--variants", default="mix", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--minutes", type=float, default=8.0, help="of rolling out and training, for each variant")
@@ -102,6 +106,29 @@ def undertrained(args: argparse.Namespace, clock: Clock) -> Path | None:
         return None
     (folder / "done.json").write_text("{}")
     return folder / "pipeline"
+
+
+def weakened(args: argparse.Namespace) -> Path:
+    """The embedded model with noise on the weights of its blocks, the same every time."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from ospnext.checkpoints.components import EMBEDDED
+
+    folder = args.out / f"weakened_{args.weaken:g}"
+    if folder.exists():
+        return folder
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(EMBEDDED, draft)
+    (path,) = (draft / "transformer").glob("*.safetensors")
+    tensors, generator = load_file(path), torch.Generator().manual_seed(0)
+    for name, weight in tensors.items():
+        if weight.ndim >= 2 and "blocks" in name:
+            noise = torch.randn(weight.shape, generator=generator)
+            tensors[name] = (weight.float() + args.weaken * weight.float().std() * noise).to(weight.dtype)
+    save_file(tensors, path, {"format": "pt"})
+    return draft.rename(folder)
 
 
 def reinforce(args: argparse.Namespace, clock: Clock, model: Path | str, variant: str) -> bool:
@@ -223,7 +250,7 @@ def main() -> int:
         sys.modules["lmdb"] = MagicMock()
     clock = Clock(args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = args.model or undertrained(args, clock)
+    model = args.model or (undertrained(args, clock) if args.weaken is None else weakened(args))
     complete = model is not None and all(reinforce(args, clock, model, variant) for variant in args.variants.split(","))
     if not complete:
         print("the time is up: the same command goes on")
