@@ -15,7 +15,7 @@ every process then reads only its own part.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +36,11 @@ from ospnext.checkpoints.formats import (
     read_settings,
 )
 from ospnext.checkpoints.lora import WithAdapter, adapter_names, base_name, inject, put_adapter, start
-from ospnext.checkpoints.quantised import check_stored, decoded, put_quantisation, running_names, said_of
+from ospnext.checkpoints.quantised import check_stored, put_recipe, refuse_idle, said_of
 from ospnext.checkpoints.read import CheckpointError, Weights, list_names, open_weights, read_json, sound_settings
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.quant.apply import quantize
-from ospnext.quant.running import AMAX, buffers
-from ospnext.quant.settings import SAVED, recipe
+from ospnext.quant.settings import recipe
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -98,65 +97,31 @@ def load_transformer(
         OutOfMemoryError: the weights do not fit on the device.
     """
     settings, weights, name_of = open_transformer(path, relayout, **overrides)
-    said = said_of(weights.source)
-    given = dict(quant or {})
-    config = recipe(said | given, torch.device(device))
+    said, given, device = said_of(weights.source), dict(quant or {}), torch.device(device)
+    config = recipe(said | given, device)
     if config is None:
-        _refuse_idle(given, weights)
+        refuse_idle(given, weights)
     with sound_settings(weights.source), torch.device("meta"):
         model = OSPNextTransformer3DModel(**settings)
-    running, known = config is not None and config.scaling == "running", running_names(weights)
-    later = running and not known  # they start at nothing, which no file needs to say
-    if later and (shard is not None or not trainable):
-        raise CheckpointError(
-            f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it, or measured by "
-            "`ospnext quantize` (calibration.prompts)"
-        )
-    if config is None or later:
-        weights = decoded(weights)
-    else:
-        weights = put_quantisation(model, weights, said, config, in_8_bits=not trainable and shard is None)
-    ignore = known - _known_buffers(model, known, weights)
+    weights, ignore, later = put_recipe(model, weights, said, config, trainable, shared=shard is not None)
     if shard is None:
-        fill(model, weights, name_of, dtype, torch.device(device), progress, ignore=ignore)
+        fill(model, weights, name_of, dtype, device, progress, ignore=ignore)
         check_stored(model, weights.source)
+        if later is not None:
+            quantize(model, later)
+        for adapter in adapters:
+            put_adapter(model, *adapter)
     else:
+        assert later is None
         fill(model, weights, name_of, dtype, torch.device("meta"), ignore=ignore)
         for adapter in adapters:
             inject(model, *adapter)
         shard(model)
         names: NameMap = lambda name: name_of(base_name(name))  # noqa: E731
-        fill_shards(model, weights, names, torch.device(device), progress, ignore, adapter_names(model))
-    if config is not None and later:
-        quantize(model, config)
-    for adapter in adapters:
-        if shard is None:
-            put_adapter(model, *adapter)
-        else:
+        fill_shards(model, weights, names, device, progress, ignore, adapter_names(model))
+        for adapter in adapters:
             start(model, adapter.source, adapter.name)
     return model.eval()
-
-
-def _refuse_idle(given: Mapping[str, Any], weights: Weights) -> None:
-    """Refuse keys of a recipe where nobody has asked for one."""
-    if not {"quant", "quant_attn"} & given.keys() and (idle := sorted(given.keys() & set(SAVED))):
-        what = ", ".join(f"{key} is {given[key]!r}" for key in idle)
-        raise CheckpointError(
-            f"{weights.source}: {what}, but nothing runs in HiF8: give quant=hif8 and quant_attn=hif8, too, or leave "
-            "it out"
-        )
-
-
-def _known_buffers(model: OSPNextTransformer3DModel, known: Collection[str], weights: Weights) -> set[str]:
-    """Names of a model's running numbers, all of which the files have to hold."""
-    needed = buffers(model).keys()
-    if unknown := [name for name in needed if name not in known]:
-        raise CheckpointError(
-            f"{weights.source}: no {list_names(unknown, 3)}: quant_scaling running knows only the layers that were "
-            "quantised then: keep these in plain numbers (quant_keep, quant_attn=none), use quant_scaling=tensor, or "
-            "measure them by `ospnext quantize` (calibration.prompts)"
-        )
-    return set(needed)
 
 
 def open_transformer(path: str | Path, relayout: bool = False, **overrides: Any) -> TransformerFiles:

@@ -8,7 +8,7 @@ recipe's keys (``quant`` ...), so the weights run as HiF8 unless somebody asks f
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ospnext.quant.apply import matching, quantize
 from ospnext.quant.config import QuantConfig
 from ospnext.quant.linear import SCALE, HiF8StoredLinear
 from ospnext.quant.running import AMAX, SEEN, buffers
-from ospnext.quant.settings import read_keys
+from ospnext.quant.settings import SAVED, read_keys
 
 _WEIGHT = "weight"
 
@@ -154,7 +154,68 @@ def carried(weights: Weights, to: str) -> dict[str, TensorInfo]:
     return {name: weights.tensors[name] for name in sorted(running_names(weights)) if to == "osp"}
 
 
-def put_quantisation(
+class ToFill(NamedTuple):
+    """What a model on meta is filled from, names there that it has no place for, and a recipe to put on afterwards."""
+
+    weights: Weights
+    ignore: set[str]
+    later: QuantConfig | None
+
+
+def put_recipe(
+    model: Any,
+    weights: Weights,
+    said: Mapping[str, Any],
+    config: QuantConfig | None,
+    trainable: bool,
+    shared: bool,
+) -> ToFill:
+    """Quantise a model on meta, unless its running numbers begin at nothing, which no file needs to say.
+
+    Args:
+        model, weights: what is loaded.
+        said: the quantisation keys of the weights' config.json.
+        config: the recipe to run.
+        trainable: as in ``load_transformer``.
+        shared: whether processes share the weights.
+    """
+    known = running_names(weights)
+    later = config is not None and config.scaling == "running" and not known
+    if later and (shared or not trainable):
+        raise CheckpointError(
+            f"{weights.source}: no {AMAX}: quant_scaling running is for weights trained with it, or measured by "
+            "`ospnext quantize` (calibration.prompts)"
+        )
+    if config is None or later:
+        weights = decoded(weights)
+    else:
+        weights = _put_quantisation(model, weights, said, config, in_8_bits=not trainable and not shared)
+    return ToFill(weights, known - _known_buffers(model, known, weights), config if later else None)
+
+
+def refuse_idle(given: Mapping[str, Any], weights: Weights) -> None:
+    """Refuse keys of a recipe where nobody has asked for one."""
+    if not {"quant", "quant_attn"} & given.keys() and (idle := sorted(given.keys() & set(SAVED))):
+        what = ", ".join(f"{key} is {given[key]!r}" for key in idle)
+        raise CheckpointError(
+            f"{weights.source}: {what}, but nothing runs in HiF8: give quant=hif8 and quant_attn=hif8, too, or leave "
+            "it out"
+        )
+
+
+def _known_buffers(model: nn.Module, known: Collection[str], weights: Weights) -> set[str]:
+    """Names of a model's running numbers, all of which the files have to hold."""
+    needed = buffers(model).keys()
+    if unknown := [name for name in needed if name not in known]:
+        raise CheckpointError(
+            f"{weights.source}: no {list_names(unknown, 3)}: quant_scaling running knows only the layers that were "
+            "quantised then: keep these in plain numbers (quant_keep, quant_attn=none), use quant_scaling=tensor, or "
+            "measure them by `ospnext quantize` (calibration.prompts)"
+        )
+    return set(needed)
+
+
+def _put_quantisation(
     model: Any, weights: Weights, said: Mapping[str, Any], config: QuantConfig, in_8_bits: bool
 ) -> Weights:
     """Quantise a model that is to be filled from ``weights``; returns these as the model wants to read them.

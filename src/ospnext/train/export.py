@@ -6,6 +6,7 @@ ospnext export runs/osp_14b_lora/iter_000002000 out/adapter
 ospnext export runs/osp_14b_lora/iter_000002000 out/pipeline merge=true
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.state import RECORD, StateError, read, read_record
 from ospnext.quant.apply import quantize
 from ospnext.quant.settings import read_keys, recipe
-from ospnext.train.job import constructor_settings, find_sources
+from ospnext.train.job import Sources, constructor_settings, find_sources
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import ALPHAS
 
@@ -119,42 +120,15 @@ def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "
     Raises:
         ValueError: the state is damaged, or something is missing.
     """
-    dtype = resolve_dtype(config.weight_dtype)
-    settings = read_record(state).get("about", {})
-    if "transformer" not in settings:
-        raise StateError(f"{state}: not the state of a transformer's training")
-    sources, _ = find_sources(config)
-    encoded = config.data_config.dataset_name == "latents"  # else the default of training is the tokenizer's, too
-    needed = ["vae", *(["text_encoder"] * ("text_encoder" not in settings)), *(["tokenizer"] * encoded)]
-    if missing := [key for key in needed if getattr(sources, key) is None]:
-        raise ConfigError(f"{', '.join(missing)} not named in the run's configuration: give {missing[0]}_path")
-    if ALPHAS in settings:
-        assert sources.transformer is not None
-        overrides = {"relayout": config.convert_layouts} | config.architecture()
-        transformer = merged_transformer(sources.transformer, adapter_in(state, weights), dtype, overrides)
-    else:
-        with torch.device("meta"):
-            transformer = OSPNextTransformer3DModel(**constructor_settings(settings["transformer"]))
-        fill_from(transformer, read(state, f"{weights}.transformer."), dtype)
-    eight_bits = recipe(read_keys(settings["transformer"], state), torch.device("cpu"))
-    if eight_bits is not None:
-        quantize(transformer, eight_bits)  # its config.json says so
-        transformer.load_state_dict(read(state, "running.transformer."), strict=False)
+    about = read_record(state).get("about", {})
+    sources = _sources_of(config, state, about)
     assert sources.vae is not None
-    if "text_encoder" in settings:
-        with torch.device("meta"):
-            encoder = UMT5EncoderModel(UMT5Config.from_dict(settings["text_encoder"]))
-        fill_from(encoder, read(state, f"{weights}.text_encoder."), dtype)
-        encoder.tie_weights()
-    else:
-        assert sources.text_encoder is not None
-        encoder = load_text_encoder(sources.text_encoder, dtype)
     small = config.data_config.dataset_name == "shapes"
     clip, sampling = config.data_config.dataset_config, SMALL if small else LARGE
     pipeline = OSPNextPipeline(
-        transformer,
+        _transformer_of(config, state, weights, about, sources.transformer),
         load_vae(sources.vae, resolve_dtype(config.vae_config.dtype)),
-        encoder,
+        _text_encoder_of(config, state, weights, about, sources.text_encoder),
         ByT5Tokenizer() if sources.tokenizer is None else load_tokenizer(sources.tokenizer),
         make_scheduler("euler", sampling["shift"]),
         # For small models what the dropped captions of training were; Wan's weights know Wan's.
@@ -168,6 +142,57 @@ def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "
         },
     )
     pipeline.save_pretrained(to)
+
+
+def _sources_of(config: TrainConfig, state: Path, about: Mapping[str, Any]) -> Sources:
+    """Where the parts of the pipeline come from that the state does not hold; all that are needed are named.
+
+    Raises:
+        ValueError: no state of a transformer's training, or a part is missing.
+    """
+    if "transformer" not in about:
+        raise StateError(f"{state}: not the state of a transformer's training")
+    sources, _ = find_sources(config)
+    encoded = config.data_config.dataset_name == "latents"  # else the default of training is the tokenizer's, too
+    needed = ["vae", *(["text_encoder"] * ("text_encoder" not in about)), *(["tokenizer"] * encoded)]
+    if missing := [key for key in needed if getattr(sources, key) is None]:
+        raise ConfigError(f"{', '.join(missing)} not named in the run's configuration: give {missing[0]}_path")
+    return sources
+
+
+def _transformer_of(
+    config: TrainConfig, state: Path, weights: str, about: Mapping[str, Any], base: Path | None
+) -> OSPNextTransformer3DModel:
+    """The transformer of a state; of an adapter's, the ``base`` it was trained on with the adapter merged in."""
+    dtype = resolve_dtype(config.weight_dtype)
+    if ALPHAS in about:
+        assert base is not None
+        overrides = {"relayout": config.convert_layouts} | config.architecture()
+        transformer = merged_transformer(base, adapter_in(state, weights), dtype, overrides)
+    else:
+        with torch.device("meta"):
+            transformer = OSPNextTransformer3DModel(**constructor_settings(about["transformer"]))
+        fill_from(transformer, read(state, f"{weights}.transformer."), dtype)
+    eight_bits = recipe(read_keys(about["transformer"], state), torch.device("cpu"))
+    if eight_bits is not None:
+        quantize(transformer, eight_bits)  # its config.json says so
+        transformer.load_state_dict(read(state, "running.transformer."), strict=False)
+    return transformer
+
+
+def _text_encoder_of(
+    config: TrainConfig, state: Path, weights: str, about: Mapping[str, Any], source: Path | None
+) -> UMT5EncoderModel:
+    """The text encoder of a state, or where it was not trained, its ``source``."""
+    dtype = resolve_dtype(config.weight_dtype)
+    if "text_encoder" not in about:
+        assert source is not None
+        return load_text_encoder(source, dtype)
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config.from_dict(about["text_encoder"]))
+    fill_from(encoder, read(state, f"{weights}.text_encoder."), dtype)
+    encoder.tie_weights()
+    return encoder
 
 
 def fill_from(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
