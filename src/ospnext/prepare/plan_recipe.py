@@ -60,21 +60,21 @@ class Recipe:
         size: pixels ``(frames, height, width)`` of one video.
         batch: videos of one forward pass of one sequence.
         dtype: of the arithmetic.
-        guided: whether a step asks the model twice.
-        batched: both at once.
         steps: of sampling, or of training in all.
         kernel: attention kernel asked for.
         code: how blocks run.
+        hif8_linears, hif8_attention: sampled in HiF8 on FP8 tensor cores.
+        assumed: what nobody said and was taken for granted.
+        guided: whether a step asks the model twice.
+        batched: both at once.
         offload_text: the text encoder leaves the device once prompts are encoded.
+        tiling: ``vae_tiling`` of generate.
         train_text: the text encoder is trained along.
         share_text: training shares it among the processes that share the weights.
-        tiling: ``vae_tiling`` of generate.
         checkpointing: share of the blocks that training recomputes.
         accumulation: of training.
         adapter: what is trained in place of the transformer, on the meta device; None where that is trained.
-        hif8_linears, hif8_attention: sampled in HiF8 on FP8 tensor cores.
         teacher: whether a frozen teacher, taken to be dense and of the same size, stands beside what is trained.
-        assumed: what nobody said and was taken for granted.
     """
 
     kind: Kind
@@ -86,22 +86,24 @@ class Recipe:
     size: tuple[int, int, int]
     batch: int
     dtype: torch.dtype
-    guided: bool
-    batched: bool
     steps: int
     kernel: str
     code: Code
-    offload_text: bool
-    train_text: bool
-    share_text: bool
-    tiling: str
-    checkpointing: float
-    accumulation: int
-    adapter: nn.Module | None
     hif8_linears: bool
     hif8_attention: bool
-    teacher: bool
     assumed: tuple[str, ...]
+    # of sampling
+    guided: bool = False
+    batched: bool = False
+    offload_text: bool = False
+    tiling: str = "auto"
+    # of training
+    train_text: bool = False
+    share_text: bool = False
+    checkpointing: float = 0.0
+    accumulation: int = 1
+    adapter: nn.Module | None = None
+    teacher: bool = False
 
     @property
     def trained(self) -> nn.Module:
@@ -134,60 +136,72 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         ValueError: sizes that do not go together, or a checkpoint that is none.
     """
     assumed: list[str] = []
-    generate = config if isinstance(config, GenerateConfig) else None
-    train = config if isinstance(config, TrainConfig) else None
     home = _home(config)
-    dtype = resolve_dtype(config.weight_dtype)
-    settings = _transformer_settings(config, home, assumed)
     with torch.device("meta"):
-        # Training keeps its own copy in float32 and computes in weight_dtype; frozen weights are kept in that.
-        kept = torch.float32 if train and train.lora_config is None else dtype
-        transformer = _cast(OSPNextTransformer3DModel(**settings), kept)
+        transformer = _cast(OSPNextTransformer3DModel(**_transformer_settings(config, home, assumed)), _kept(config))
     vae = _vae(config, home, assumed)
     text = _text_encoder(config, home, transformer.config, assumed)
-    if generate is not None:
-        said = read_model_settings(read_json(home / "model_index.json")) if home and _is_pipeline(home) else {}
-        sampling = generate.sampling(said.get("defaults"))
-        size, steps = (sampling.num_frames, sampling.height, sampling.width), sampling.num_inference_steps
-        batch, guided = generate.batch_size, sampling.guidance_scale > 1
-    else:
-        assert train is not None
-        clip = train.data_config.dataset_config
-        size = (clip.sample_num_frames, clip.sample_height, clip.sample_width)
-        batch, guided, steps = train.data_config.batch_size, False, train.training_iteration
     hif8 = _hif8(config, home, device, assumed)
     step = _size_step(vae, transformer)
-    if generate is not None:
-        size = fit_size(VideoSize(*size), step)
-    latents = _latents(size, step, vae, transformer)
-    grid = Grid(*(n // p for n, p in zip(latents[1:], transformer.config.patch_size, strict=True)))
+    if isinstance(config, GenerateConfig):
+        asked = _sampling(config, home, step)
+    else:
+        assert isinstance(config, TrainConfig)
+        asked = _training(config, transformer)
+    latents = _latents(asked["size"], step, vae, transformer)
     return Recipe(
-        kind="generate" if generate else "train",
         transformer=transformer,
         vae=vae,
         text_encoder=text,
-        grid=grid,
+        grid=Grid(*(n // p for n, p in zip(latents[1:], transformer.config.patch_size, strict=True))),
         latents=latents,
-        size=size,
-        batch=batch,
-        dtype=dtype,
-        guided=guided,
-        batched=generate is not None and generate.guidance_mode == "batched",
-        steps=steps,
+        dtype=resolve_dtype(config.weight_dtype),
         kernel=config.attention_kernel,
         code=_code(config, device),
-        offload_text=generate is not None and generate.encoder_cpu_offload,
-        train_text=train is not None and train.train_text_encoder,
-        share_text=train is not None and train.text_encoder_config.use_fsdp,
-        tiling=generate.vae_tiling if generate else "auto",
-        checkpointing=train.checkpointed if train else 0.0,
-        accumulation=train.gradient_accumulation_steps if train else 1,
-        adapter=_adapter(train, transformer) if train else None,
         hif8_linears=hif8[0],
         hif8_attention=hif8[1],
-        teacher=train is not None and train.distillation_config.weight > 0,
         assumed=tuple(assumed),
+        **asked,
     )
+
+
+def _sampling(config: GenerateConfig, home: Path | None, step: SizeStep) -> dict[str, Any]:
+    """The fields of a ``Recipe`` that are a sampling run's own."""
+    said = read_model_settings(read_json(home / "model_index.json")) if home and _is_pipeline(home) else {}
+    sampling = config.sampling(said.get("defaults"))
+    return {
+        "kind": "generate",
+        "size": fit_size(VideoSize(sampling.num_frames, sampling.height, sampling.width), step),
+        "batch": config.batch_size,
+        "guided": sampling.guidance_scale > 1,
+        "batched": config.guidance_mode == "batched",
+        "steps": sampling.num_inference_steps,
+        "offload_text": config.encoder_cpu_offload,
+        "tiling": config.vae_tiling,
+    }
+
+
+def _training(config: TrainConfig, transformer: OSPNextTransformer3DModel) -> dict[str, Any]:
+    """The fields of a ``Recipe`` that are a training run's own."""
+    clip = config.data_config.dataset_config
+    return {
+        "kind": "train",
+        "size": (clip.sample_num_frames, clip.sample_height, clip.sample_width),
+        "batch": config.data_config.batch_size,
+        "steps": config.training_iteration,
+        "train_text": config.train_text_encoder,
+        "share_text": config.text_encoder_config.use_fsdp,
+        "checkpointing": config.checkpointed,
+        "accumulation": config.gradient_accumulation_steps,
+        "adapter": _adapter(config, transformer),
+        "teacher": config.distillation_config.weight > 0,
+    }
+
+
+def _kept(config: RunConfig) -> torch.dtype:
+    """The transformer's dtype in memory: training has a float32 copy, frozen weights are in ``weight_dtype``."""
+    whole = isinstance(config, TrainConfig) and config.lora_config is None
+    return torch.float32 if whole else resolve_dtype(config.weight_dtype)
 
 
 def _adapter(config: TrainConfig, transformer: OSPNextTransformer3DModel) -> nn.Module | None:

@@ -120,20 +120,8 @@ def fit(
         DivergedError: gradients stopped being finite; saved states are untouched.
     """
     around = around or Surroundings()
-    state = TrainState(
-        modules,
-        adamw(modules, settings.lr, settings.betas, settings.eps, settings.weight_decay),
-        MovingAverage(modules, settings.ema_decay),
-        AdaptiveClipper(settings.max_grad_norm),
-        around.data,
-        around.about,
-    )
-    say = print if around.launch.first else _silent
-    if (folder := latest(settings.output_dir)) is not None:
-        state.load(folder)
-        say(f"resumed from {folder}: step {state.step} of {settings.iterations}")
-    elif around.begin is not None:
-        say(around.begin(state))
+    say: Callable[[str], None] = print if around.launch.first else _silent
+    state = _begin(modules, settings, around, say)
     deadline = time.monotonic() + 60 * (settings.time_budget_minutes or float("inf"))
     writer = StateWriter(settings.output_dir, settings.keep)
     log = Log(settings.output_dir, around.launch, around.trackers(state), around.meter, device, state.step)
@@ -160,6 +148,26 @@ def fit(
     say(f"saved {newest(settings.output_dir)}")
     if state.step < settings.iterations:
         say(f"stopped at step {state.step} of {settings.iterations}: start again to go on")
+    return state
+
+
+def _begin(
+    modules: Mapping[str, nn.Module], settings: LoopSettings, around: Surroundings, say: Callable[[str], None]
+) -> TrainState:
+    """The state to go on from: the newest in ``output_dir``, else the first."""
+    state = TrainState(
+        modules,
+        adamw(modules, settings.lr, settings.betas, settings.eps, settings.weight_decay),
+        MovingAverage(modules, settings.ema_decay),
+        AdaptiveClipper(settings.max_grad_norm),
+        around.data,
+        around.about,
+    )
+    if (folder := latest(settings.output_dir)) is not None:
+        state.load(folder)
+        say(f"resumed from {folder}: step {state.step} of {settings.iterations}")
+    elif around.begin is not None:
+        say(around.begin(state))
     return state
 
 
