@@ -135,8 +135,8 @@ def reinforce(args: argparse.Namespace, clock: Clock, model: Path | str, variant
     """One variant until its minutes are spent; whether they are."""
     from ospnext.config import load_config
     from ospnext.config_keys import key_rules
-    from ospnext.train.rl import run
-    from ospnext.train.rl_settings import RLConfig
+    from ospnext.train.rl.run import run
+    from ospnext.train.rl.settings import RLConfig
 
     folder = args.out / variant
     left = 60 * args.minutes - spent(folder)

@@ -9,7 +9,7 @@ from ospnext.config import Config, ConfigError, Fate, config_keys, load_config, 
 from ospnext.config_keys import key_rules
 from ospnext.generate.settings import GenerateConfig, read_prompts
 from ospnext.sections import RunConfig
-from ospnext.train.rl_settings import RLConfig
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.settings import TrainConfig
 
 DATA = Path(__file__).parent / "data"

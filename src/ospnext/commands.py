@@ -56,8 +56,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "rl": Command(
         "train an adapter by reinforcement learning",
-        "ospnext.train.rl_settings:RLConfig",
-        "ospnext.train.rl:run",
+        "ospnext.train.rl.settings:RLConfig",
+        "ospnext.train.rl.run:run",
         examples=(
             "rl configs/rl/shapes.yaml time_budget_minutes=9",
             "rl configs/rl/osp_14b.yaml rl_config.prompt_file=prompts.txt",

@@ -9,7 +9,7 @@ import torch
 
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import newest, read
-from ospnext.train.rl import run
+from ospnext.train.rl.run import run
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))  # processes are started anew and know this folder alone
 from rl_cases import config_of, lines_of

@@ -13,7 +13,7 @@ from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
 from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
-from ospnext.train.rl_settings import RLConfig
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.video_vae import VAEArchitecture
 
 ARCHITECTURE: dict[str, Any] = {

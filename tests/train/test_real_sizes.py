@@ -20,8 +20,8 @@ from ospnext.parallel.launch import Launch
 from ospnext.prepare.plan_recipe import SPARSE, UMT5_XXL, WAN
 from ospnext.train.distil import check_teacher
 from ospnext.train.job import settle
-from ospnext.train.rl_parts import settle as settle_rl
-from ospnext.train.rl_settings import RLConfig
+from ospnext.train.rl.parts import settle as settle_rl
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ospnext.config import ConfigError
 from ospnext.train.log import Tracker
-from ospnext.train.rl_settings import RLConfig
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import TrainState
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from ospnext.flow.sde import divergence, log_prob
 from ospnext.parallel.fsdp import synchronise_gradients
 from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
-from ospnext.train.grpo import clipped_loss
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, take_step
-from ospnext.train.policy import Policy
-from ospnext.train.rl_settings import GRPOConfig
-from ospnext.train.rl_why import describe_difference, not_finite
-from ospnext.train.rollout import Rollouts, step_at
+from ospnext.train.rl.grpo import clipped_loss
+from ospnext.train.rl.policy import Policy
+from ospnext.train.rl.rollout import Rollouts, step_at
+from ospnext.train.rl.settings import GRPOConfig
+from ospnext.train.rl.why import describe_difference, not_finite
 from ospnext.train.state import TrainState
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ospnext.train.grpo import advantages, best_and_worst, clipped_loss, mixed_advantages, zero_variance_share
+from ospnext.train.rl.grpo import advantages, best_and_worst, clipped_loss, mixed_advantages, zero_variance_share
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 30.0])
 GROUPS = torch.tensor([0, 0, 7, 7])

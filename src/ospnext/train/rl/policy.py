@@ -10,7 +10,7 @@ from torch import Tensor
 from ospnext.checkpoints.lora import adapter_disabled
 from ospnext.flow.sample import BothHalves, ConditionalVelocity, GuidanceMode, Halves, Velocity, guided
 from ospnext.models.transformer import OSPNextTransformer3DModel
-from ospnext.train.rl_settings import GRPOConfig
+from ospnext.train.rl.settings import GRPOConfig
 
 
 class Text(NamedTuple):

@@ -31,7 +31,7 @@ from ospnext.config_keys import key_rules
 from ospnext.parallel.launch import Launch, agree
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.train.clipping import DECAY, AdaptiveClipper
-from ospnext.train.rl_settings import RLConfig
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.state import TrainState, latest
 
 CLIPPER = "adaptive_grad_clipper.pt"

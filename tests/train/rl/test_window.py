@@ -2,7 +2,7 @@
 
 import pytest
 
-from ospnext.train.window import Window
+from ospnext.train.rl.window import Window
 
 
 def places(window, steps, count):

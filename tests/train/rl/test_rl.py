@@ -29,15 +29,15 @@ from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.rewards.simple import Brightness
 from ospnext.train import pictures
-from ospnext.train.held_out import suspicions
-from ospnext.train.rl import advantages_of
-from ospnext.train.rl_parts import settle
-from ospnext.train.rl_progress import SPAN, Progress
-from ospnext.train.rl_settings import RLConfig
-from ospnext.train.rollout import Roller, Worth
+from ospnext.train.rl.held_out import suspicions
+from ospnext.train.rl.parts import settle
+from ospnext.train.rl.progress import SPAN, Progress
+from ospnext.train.rl.rollout import Roller, Worth
+from ospnext.train.rl.run import advantages_of
+from ospnext.train.rl.settings import RLConfig
 from ospnext.train.state import TrainState
 
-SEED = Path(__file__).parents[1] / "data/seed_rl.yaml"
+SEED = Path(__file__).parents[2] / "data/seed_rl.yaml"
 
 
 @pytest.fixture(scope="module")

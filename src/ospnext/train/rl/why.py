@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ospnext.flow.sde import log_prob
-from ospnext.train.policy import Policy
-from ospnext.train.rl_settings import GRPOConfig
-from ospnext.train.rollout import At, Rollouts, Worth, step_at
+from ospnext.train.rl.policy import Policy
+from ospnext.train.rl.rollout import At, Rollouts, Worth, step_at
+from ospnext.train.rl.settings import GRPOConfig
 
 _BROKEN = "where the adapter is broken already, remove the newest iter_ folders"
 _LOWER = f"lower optimizer_config.lr or rl_config.noise_level; {_BROKEN}"

@@ -8,8 +8,8 @@ from ospnext.config import Config
 from ospnext.flow.sde import NOISE_LEVELS
 from ospnext.rewards.settings import RewardConfig
 from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig
+from ospnext.train.rl.window import Window
 from ospnext.train.settings import OptimizerConfig, TrackerConfig
-from ospnext.train.window import Window
 
 
 class RLSchedulerConfig(SchedulerConfig):

@@ -20,10 +20,10 @@ from ospnext.generate.videos import to_uint8
 from ospnext.media import video_grid, write_video
 from ospnext.parallel.launch import Launch, gather_objects
 from ospnext.train.pictures import Shown, shown
-from ospnext.train.policy import Policy
-from ospnext.train.prompts import Prompt
-from ospnext.train.rl_settings import GRPOConfig
-from ospnext.train.rollout import Videos, without_noise
+from ospnext.train.rl.policy import Policy
+from ospnext.train.rl.prompts import Prompt
+from ospnext.train.rl.rollout import Videos, without_noise
+from ospnext.train.rl.settings import GRPOConfig
 
 FILE = "evaluations.jsonl"
 ROWS, COLUMNS = 4, 8  # of the grid over time; as many videos as it has rows go to the trackers

@@ -7,7 +7,7 @@ import pytest
 from ospnext.config import ConfigError
 from ospnext.shapes.scene import Scene
 from ospnext.shapes.world import is_held_out
-from ospnext.train.prompts import groups_of_epoch, read_prompts, share_of
+from ospnext.train.rl.prompts import groups_of_epoch, read_prompts, share_of
 
 
 def test_text_and_json_lines(tmp_path):

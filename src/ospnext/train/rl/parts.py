@@ -30,8 +30,8 @@ from ospnext.parallel.launch import Launch, place
 from ospnext.quant.settings import SAVED
 from ospnext.rewards.base import RewardSet, check_metadata, check_reward
 from ospnext.sections import RunConfig
-from ospnext.train.prompts import Prompt, read_prompts, share_of
-from ospnext.train.rl_settings import GRPOConfig, RLConfig
+from ospnext.train.rl.prompts import Prompt, read_prompts, share_of
+from ospnext.train.rl.settings import GRPOConfig, RLConfig
 
 SHIFT = 7.0  # OSP-Next's own recipe for generating
 

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m ospnext rl configs/rl/osp_14b.yaml
 
 An epoch rolls out videos of some prompts (``rollout``), has them scored, and trains on the random steps that led to
-them (``rl_update``); the base model stays as it is. Everything that can be wrong is found before weights are loaded. An
+them (``update``); the base model stays as it is. Everything that can be wrong is found before weights are loaded. An
 epoch is a function of the adapter and of its number alone, and states are saved between epochs: a resumed run is the
 run that was never interrupted.
 """
@@ -36,19 +36,19 @@ from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
 from ospnext.parallel.state import StateWriter
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.clipping import AdaptiveClipper
-from ospnext.train.grpo import advantages, best_and_worst, mixed_advantages, zero_variance_share
-from ospnext.train.held_out import HeldOut, read_lines, suspicions
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
 from ospnext.train.optim import MovingAverage, adamw
-from ospnext.train.policy import Policy
-from ospnext.train.rl_parts import Job, arrange, load, make_rewards, settle
-from ospnext.train.rl_progress import SPAN, Progress
-from ospnext.train.rl_save import SETTINGS, changed_settings, resume_from, save_checkpoint
-from ospnext.train.rl_settings import GRPOConfig, RLConfig
-from ospnext.train.rl_update import Updater
-from ospnext.train.rl_why import not_finite, why_unscored
-from ospnext.train.rollout import Roller, Rollouts, StoppedError, Videos, Worth
+from ospnext.train.rl.grpo import advantages, best_and_worst, mixed_advantages, zero_variance_share
+from ospnext.train.rl.held_out import HeldOut, read_lines, suspicions
+from ospnext.train.rl.parts import Job, arrange, load, make_rewards, settle
+from ospnext.train.rl.policy import Policy
+from ospnext.train.rl.progress import SPAN, Progress
+from ospnext.train.rl.rollout import Roller, Rollouts, StoppedError, Videos, Worth
+from ospnext.train.rl.save import SETTINGS, changed_settings, resume_from, save_checkpoint
+from ospnext.train.rl.settings import GRPOConfig, RLConfig
+from ospnext.train.rl.update import Updater
+from ospnext.train.rl.why import not_finite, why_unscored
 from ospnext.train.state import ALPHAS, TrainState, latest
 from ospnext.train.trackers import open_trackers, tracker_names
 

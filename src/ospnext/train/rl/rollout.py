@@ -24,9 +24,9 @@ from ospnext.parallel.circle import Circle
 from ospnext.parallel.launch import Launch, gather_objects
 from ospnext.rewards.base import RewardSet, Scored
 from ospnext.train.loop import seed_of
-from ospnext.train.policy import Policy, Text
-from ospnext.train.prompts import Prompt, groups_of_epoch, share_of
-from ospnext.train.rl_settings import GRPOConfig
+from ospnext.train.rl.policy import Policy, Text
+from ospnext.train.rl.prompts import Prompt, groups_of_epoch, share_of
+from ospnext.train.rl.settings import GRPOConfig
 
 _FIRST_NOISE = 1  # tells the seeds of groups from those of samples
 
