@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from ospnext.cli import main
 from ospnext.generate import run as generate
-from ospnext.generate import sources, videos
+from ospnext.generate import memory, videos
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import write_video
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -141,7 +141,7 @@ def test_fourteen_billion_weights_are_refused_by_their_headers(
         places |= dict.fromkeys(names, file)
     index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    monkeypatch.setattr(sources, "free_memory", lambda device: 20 * 2**30)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**30)
     assert "needs 26.6 GiB on cpu, but 20.0 GiB are free" in refused("weight_dtype=bf16")
     assert "needs 53.2 GiB" in refused()
 

@@ -12,8 +12,8 @@ import torch
 from ospnext.checkpoints.formats import SPARSE_KEYS
 from ospnext.cli import main
 from ospnext.config import load_config
+from ospnext.generate import memory, sources, videos
 from ospnext.generate import run as generate
-from ospnext.generate import sources, videos
 from ospnext.generate.manifest import only_run
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.run import run
@@ -338,7 +338,7 @@ def test_parts_at_paths_of_their_own(model: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_said_before_loading(make: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
     with pytest.raises(ValueError, match=r"needs .* GiB on cpu, but .* are free"):
         make()
 

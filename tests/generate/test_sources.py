@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from ospnext.checkpoints.memory import OutOfMemoryError
-from ospnext.generate import sources
+from ospnext.generate import memory
 from ospnext.generate.size import SizeStep, VideoSize, fit_size
 
 WAN = SizeStep(4, 16, 16)
 PARTS = {
-    "transformer": sources.Footprint(20, 10),
-    "vae": sources.Footprint(2, 5),
-    "text_encoder": sources.Footprint(20, 0),
+    "transformer": memory.Footprint(20, 10),
+    "vae": memory.Footprint(2, 5),
+    "text_encoder": memory.Footprint(20, 0),
 }
 
 
@@ -30,16 +30,16 @@ PARTS = {
 def test_offloading_follows_the_free_memory(
     monkeypatch: pytest.MonkeyPatch, free: int, asked: set[str], offloaded: set[str]
 ) -> None:
-    monkeypatch.setattr(sources, "free_memory", lambda device: 1000 if device.type == "cpu" else free)
-    assert sources.choose_offload(PARTS, torch.device("cuda"), frozenset(asked)) == offloaded
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000 if device.type == "cpu" else free)
+    assert memory.choose_offload(PARTS, torch.device("cuda"), frozenset(asked)) == offloaded
 
 
 def test_what_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "free_memory", lambda device: 35)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 35)
     with pytest.raises(OutOfMemoryError, match="on cpu"):  # the device would do, but not the host beside it
-        sources.choose_offload(PARTS, torch.device("cuda"), frozenset())
+        memory.choose_offload(PARTS, torch.device("cuda"), frozenset())
     with pytest.raises(OutOfMemoryError, match="on cpu"):
-        sources.choose_offload(PARTS, torch.device("cpu"), frozenset(("vae",)))
+        memory.choose_offload(PARTS, torch.device("cpu"), frozenset(("vae",)))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_recipe_is_settled_on_eight_processes(recipe: Path, folder: Path, tmp_
 def test_reinforcement_learning_is_settled_on_sixteen_processes(
     recipe: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ospnext.generate.sources.free_memory", lambda device: 80 * 2**30)  # of an accelerator
+    monkeypatch.setattr("ospnext.generate.memory.free_memory", lambda device: 80 * 2**30)  # of an accelerator
     (tmp_path / "prompts.txt").write_text("A red fox.\nTwo boats at sea.\n")
     paths = {
         "model_config.pretrained_model_dir_or_checkpoint": folder / "sparse_14B",

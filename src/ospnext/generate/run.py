@@ -30,8 +30,9 @@ from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError, dump_yaml
 from ospnext.device import device_label
 from ospnext.generate.manifest import Manifest, VideoTask, only_run, write_text
+from ospnext.generate.memory import DECODING
 from ospnext.generate.settings import GenerateConfig, output_folder, read_prompts
-from ospnext.generate.sources import DECODING, Plan, load_pipeline, make_plan
+from ospnext.generate.sources import Plan, load_pipeline, make_plan
 from ospnext.generate.videos import make_videos
 from ospnext.media import video_grid
 from ospnext.models.text import WAN_NEGATIVE_PROMPT

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ospnext.assemble import Crew
 from ospnext.generate.manifest import Manifest, VideoTask
+from ospnext.generate.memory import DECODING
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.settings import GenerateConfig
-from ospnext.generate.sources import DECODING, Plan
+from ospnext.generate.sources import Plan
 from ospnext.media import write_video
 from ospnext.parallel.launch import Launch, agree, gather_objects
 from ospnext.parallel.ownership import share

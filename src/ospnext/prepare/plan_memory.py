@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ospnext.generate.sources import DECODING
+from ospnext.generate.memory import DECODING
 from ospnext.models.video_vae import DecodeMode, decode_bytes
 from ospnext.ops.layout import Layout
 from ospnext.prepare.plan_devices import Device
