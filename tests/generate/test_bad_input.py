@@ -14,8 +14,8 @@ import torch
 from transformers import ByT5Tokenizer
 
 from ospnext.cli import main
-from ospnext.generate import run as generate
 from ospnext.generate import memory, videos
+from ospnext.generate import run as generate
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import write_video
 from ospnext.models.transformer import OSPNextTransformer3DModel
