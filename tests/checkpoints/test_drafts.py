@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from ospnext.checkpoints.drafts import new_folder
+from ospnext.checkpoints.drafts import new_file, new_folder
 from ospnext.cli import main
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def write_half(draft: Path) -> None:
+    draft.write_text("half")
+    raise KeyboardInterrupt
 
 
 def start_and_stop(target: Path) -> subprocess.Popen:
@@ -59,6 +64,19 @@ def test_what_a_killed_run_moved_away_comes_back_or_goes(tmp_path: Path, replace
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out"]
     assert names(target) == ([] if replaced else ["weights"])
+
+
+def test_a_file_is_whole_or_not_there_and_nothing_else_is(tmp_path: Path) -> None:
+    target = tmp_path / "some" / "weights.pt"
+    (tmp_path / "some/.weights.pt.abcdefgh.tmp").mkdir(parents=True)  # of a killed process
+    with pytest.raises(KeyboardInterrupt), new_file(target) as draft:
+        write_half(draft)
+    assert names(target.parent) == []
+    for text in ("old", "new"):
+        with new_file(target) as draft:
+            draft.write_text(text)
+    assert names(target.parent) == ["weights.pt"]
+    assert target.read_text() == "new"
 
 
 def test_sigterm_takes_the_draft_along(tmp_path: Path) -> None:

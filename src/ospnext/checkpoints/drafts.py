@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written as drafts beside their place. What killed processes left of such goes.
+"""Folders and files that are whole or not there: written as drafts beside their place; those of killed processes go.
 
     with new_folder(Path("out/model")) as draft:
         ...  # write into draft
@@ -48,26 +48,41 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: there is no room, or no right to write; names ``path``.
     """
+    with _draft(path) as folder:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's is private
+        old = folder.with_suffix(".old")
+        if path.exists():
+            path.rename(old)
+        try:
+            folder.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """The same of a file: a name that the block writes to; errors as ``new_folder``."""
+    with _draft(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A locked folder beside ``path``, gone after the block, which may have moved it or what is in it."""
     prefix = f".{path.name[:100]}."
     with _named(path, path.with_name(prefix)), sigterm_interrupts(), ExitStack() as lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path, prefix)
         folder = _locked_draft(path.parent, prefix, lock)
-        old = folder.with_suffix(".old")
         try:
             yield folder
-            folder.chmod(0o755)  # mkdtemp's is private
-            if path.exists():
-                path.rename(old)
-            try:
-                folder.rename(path)
-            except BaseException:
-                if old.exists():
-                    old.rename(path)
-                raise
         finally:
-            for left in (folder, old):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked_draft(parent: Path, prefix: str, lock: ExitStack) -> Path:

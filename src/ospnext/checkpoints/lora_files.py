@@ -9,7 +9,6 @@ put on it (``lora``) or merged into it (``merge``).
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ospnext.checkpoints.drafts import new_folder
+from ospnext.checkpoints.drafts import new_file, new_folder
 from ospnext.checkpoints.formats import diffusers_name
 from ospnext.checkpoints.lora_alpha import CONFIG, alpha_of, config_of
 from ospnext.checkpoints.lora_keys import (
@@ -294,15 +293,10 @@ def write_adapter(
         if to == "comfyui" or target.is_file():
             raise CheckpointError(f"{target}: a single file of {to}'s style must end in .safetensors")
         target = target / _DIFFUSERS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(target) as draft:
         tensors = _comfyui_tensors(adapter) if to == "comfyui" else _diffusers_tensors(adapter)
-        save_file(tensors, partial, metadata=_header(adapter, to))
-        let_others_read(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+        save_file(tensors, draft, metadata=_header(adapter, to))
+        let_others_read(draft)
     return target
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from ospnext.checkpoints.drafts import new_folder
+from ospnext.checkpoints.drafts import new_file, new_folder
 from ospnext.checkpoints.formats import DEFAULTS, NameMap, name_map, native_name, write_settings
 from ospnext.checkpoints.read import SUFFIXES, CheckpointError, TensorInfo
 from ospnext.models.transformer import OSPNextTransformer3DModel
@@ -161,14 +161,9 @@ def _write_shards(source: Source, folder: Path, target: Path, name_of: NameMap, 
 
 
 def _write_file(source: Source, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     state = {native_name(name): source.get(name).to("cpu").contiguous() for name in source.tensors}
-    try:
-        _write(state, partial, path, _save_safely if path.suffix == ".safetensors" else torch.save)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as draft:
+        _write(state, draft, path, _save_safely if path.suffix == ".safetensors" else torch.save)
 
 
 def _save_safely(state: dict[str, torch.Tensor], path: Path) -> None:
