@@ -90,6 +90,17 @@ def test_groups_that_do_not_go_round_are_refused_on_all(processes: Group, folder
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("level", "what"), [(1e-30, "log-probability is not"), (1e30, "state after it is not")])
+def test_what_is_no_number_is_said_on_all(
+    processes: Group, folder: Path, tmp_path: Path, level: float, what: str
+) -> None:
+    """In shards: what asks the model to find out is asked by all."""
+    values = {"rl_config__noise_level": level, "rl_config__eval_prompt_file": None, "fsdp_size": 2}
+    refused = processes(2).run(cases.train, 2, folder, tmp_path / "run", values, seconds=PATIENCE)
+    assert all("in random step 0 (sigma 1 to 0.9)" in text for text in refused)
+    assert all(what in text for text in refused)
+
+
 def test_a_group_may_be_shared_by_ranks(processes: Group, folder: Path, tmp_path: Path) -> None:
     """Eight videos of one prompt: on two ranks each has four of them, and advantages know of all."""
     one, two = tmp_path / "one", tmp_path / "two"
