@@ -275,11 +275,6 @@ def test_videos_that_are_no_numbers_are_not_a_rewards_fault(folder, tmp_path, ca
             "raise rl_config.noise_level (1e-30)",
         ),
         (
-            {"noise": "cps", "noise_level": 3},
-            "(sigma 1 to 0.9) the log-probability is not finite, of noise of standard deviation -9.0e-01: "
-            "lower rl_config.noise_level (3), which cps wants between 0 and 2",
-        ),
-        (
             {"shift": 1e8},
             "(sigma 1 to 1) the log-probability is not finite, of noise of standard deviation 0.0e+00: "
             "float32 cannot tell its levels apart: take scheduler_config.shift nearer to 1",
@@ -368,6 +363,10 @@ def test_a_log_of_somebody_elses_is_named(folder, tmp_path, capsys):
         ({"rl_config__num_image_per_prompt": 5}, "8 videos, no multiple of num_image_per_prompt 5"),
         ({"rl_config__watch_fn": "[brightness]"}, "watch_fn names brightness, which reward_fn optimises"),
         ({"rl_config__best_of_n": 3}, "best_of_n is 3: it must be even"),
+        ({"rl_config__noise": "cps", "rl_config__noise_level": 1.5}, "noise_level is 1.5: that of noise cps is"),
+            {"rl_config__noise": "cps", "rl_config__noise_level": 1.5},
+            "noise_level is 1.5: that of noise cps is an angle",
+        ),
         ({"rl_config__prompt_file": "nowhere.txt"}, "nowhere.txt"),
         ({"lora_config__target_modules": "[self_attn.x]"}, "self_attn.x"),
         ({"reward_config__options": "{motion: {}}"}, "names motion, which reward_fn and watch_fn do not"),

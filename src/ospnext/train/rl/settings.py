@@ -171,6 +171,8 @@ class GRPOConfig(Config):
             raise ValueError(f"reward_fn is {self.reward_fn}: nothing is optimised; watch_fn measures alone")
         if both := sorted(set(self.watch_fn) & self.reward_fn.keys()):
             raise ValueError(f"watch_fn names {', '.join(both)}, which reward_fn optimises: watch another reward")
+        if self.noise == "cps" and self.level > 1:
+            raise ValueError(f"noise_level is {self.level:g}: that of noise cps is an angle of 0 to 1 quarter turns")
         if self.best_of_n is not None and (self.best_of_n % 2 or self.best_of_n > self.group_size):
             raise ValueError(
                 f"best_of_n is {self.best_of_n}: it must be even, and at most the {self.group_size} of a group"

@@ -62,8 +62,7 @@ def _cause(config: GRPOConfig, x: Tensor, now: At, x_next: Tensor, recorded: Ten
     if bool(now.sigma == now.sigma_next):
         way = f"float32 cannot tell its levels apart: {_SHIFT}"
     else:
-        way = f"{'raise' if 0 <= std < 1 else 'lower'} rl_config.noise_level ({config.level:g})"
-        way += ", which cps wants between 0 and 2" if config.noise == "cps" else ""
+        way = f"{'raise' if std < 1 else 'lower'} rl_config.noise_level ({config.level:g})"
     if not bool(x_next.isfinite().all()):
         return f"the state after it is not finite, {noise}: {way}"
     if not bool(recorded.isfinite().all() & log_prob(x_next, now.step).isfinite().all()):
