@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "src/ospnext/assets/shapes"
 GRACE = 40.0  # seconds that a piece has to save and end
 SPENT = 3  # exit code of a variant whose last epoch would not have ended in its minutes
-HALF = 0.46  # share of right videos from which on no later state is waited for
+HALF = 0.46, 0.54  # shares of right videos that are near enough
 
 
 def options() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=28.0, help="then everything saves and ends")
     parser.add_argument("--gpus", default="0,1,2,3", help="numbers; none: the CPU")
     parser.add_argument("--steps", type=int, default=14000, help="of the recipe")
-    parser.add_argument("--first-state", type=int, default=3000, help="the first that reinforcement learning may take")
+    parser.add_argument("--first-state", type=int, default=5500, help="the first that is graded for RL to start from")
     parser.add_argument("--every", type=int, default=500, help="steps between states")
     parser.add_argument("--rl-minutes", type=float, default=8.2, help="of mix")
     parser.add_argument("--other-rl-minutes", type=float, default=8.2, help="of leading and of all")
@@ -270,6 +270,13 @@ def half_right(run: Run) -> Path:
     """The state of the recipe that is nearest to one half right, as a pipeline folder."""
     args = run.args
     shares: dict[int, float] = {}
+
+    def measure(step: int) -> float:
+        with run.alone() if len(run.gpus) < 4 else nullcontext():
+            shares[step] = grade(run, step, args.start_prompts, 3)
+        say(piece="start", step=step, share=shares[step])
+        return shares[step]
+
     for step in range(args.first_state, args.steps, args.every):
         while not state(run, step).exists():
             if time.monotonic() >= run.end:
@@ -277,11 +284,12 @@ def half_right(run: Run) -> Path:
             if run.broken.is_set():
                 raise RuntimeError(f"no state {step} of the recipe to start from")
             time.sleep(0.2)
-        with run.alone():
-            shares[step] = grade(run, step, args.start_prompts, 3)
-        say(piece="start", step=step, share=shares[step])
-        if shares[step] >= HALF:
+        if measure(step) >= HALF[0]:
             break
+    if shares[args.first_state] > HALF[1]:
+        for step in range(args.first_state - args.every, 0, -args.every):
+            if measure(step) <= HALF[1]:
+                break
     chosen = min(shares, key=lambda step: abs(shares[step] - 0.5))
     say(piece="start", chosen=chosen, share=shares[chosen])
     return args.out / f"step_{chosen}"
