@@ -12,7 +12,7 @@ from ospnext.checkpoints.load import load_transformer
 from ospnext.checkpoints.lora import NewAdapter, WithAdapter, adapter_disabled, adapter_of
 from ospnext.checkpoints.lora_files import Adapter, read_adapter
 from ospnext.parallel.apply import Options, parallelise
-from ospnext.parallel.fsdp import Copies, Sharding, whole
+from ospnext.parallel.fsdp import Copies, Sharding, shard_of, whole
 from ospnext.parallel.mesh import Sizes
 
 NEW = NewAdapter(3, 6.0, ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.v", "ffn.0", "ffn.2"), 7)
@@ -66,6 +66,32 @@ def gradients(rank: int, case: Case, adapter: Path | None) -> dict[str, torch.Te
     assert not frozen, f"gradients of frozen {frozen}"
     found = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     return found | {"output": out.detach()}
+
+
+def errors_of_stored(rank: int, case: Case, adapter: Path) -> dict[str, float]:
+    """How far gradients of an adapter on shared 8-bit weights are from one process's, each process with its own video.
+
+    One process takes the videos one after the other: sums are then in the same order, and all numbers are rounded
+    alike.
+    """
+    inputs = case.setting.inputs()
+    shared, alone = (c.model(read_adapter(adapter)) for c in (case, case._replace(sizes=None)))
+    for name in ("blocks.0.ffn.0", "blocks.1.self_attn.q"):
+        assert shard_of(shared.get_submodule(name).base_layer.weight).values.dtype is torch.uint8
+    half = case.param_dtype is not None
+    loss = 0.0
+    for video in range(2):
+        own = [x[video : video + 1].float() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = loss + alone(*own).sample.float().square().mean() / 2
+            if video == rank:
+                ours = shared(*own).sample.float()
+    loss.backward()
+    ours.square().mean().backward()
+    theirs = {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
+    mine = {name: whole(p.grad) for name, p in shared.named_parameters() if p.requires_grad}
+    assert mine.keys() == theirs.keys()
+    return {name: float((mine[name] - value).norm() / value.norm()) for name, value in theirs.items()}
 
 
 def started(rank: int, case: Case) -> dict[str, torch.Tensor]:

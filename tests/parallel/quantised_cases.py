@@ -1,7 +1,7 @@
 """What the test of 8-bit layers on many processes runs in each of them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,9 +9,10 @@ from sequence_cases import Setting, mesh_of
 from training_cases import weights_of
 
 from ospnext.checkpoints.load import load_transformer
+from ospnext.checkpoints.read import CheckpointError
 from ospnext.parallel.amax import scaling_layers
 from ospnext.parallel.apply import Options, apply_sequence_parallel, parallelise
-from ospnext.parallel.fsdp import Copies
+from ospnext.parallel.fsdp import Copies, Sharding, forget_gathered, shard_of, whole
 from ospnext.parallel.mesh import Sizes
 from ospnext.quant.apply import quantize
 from ospnext.quant.config import QuantConfig
@@ -80,6 +81,49 @@ def errors_of_files(rank: int, sizes: Sizes, setting: Setting, path: Path) -> fl
     with torch.no_grad():
         ours, theirs = (model(*outliers(setting)).sample for model in (shared, load_transformer(path)))
     return float((ours - theirs).norm() / theirs.norm())
+
+
+class Shards(NamedTuple):
+    """What two processes that share 8-bit weights, and not the videos, have of them.
+
+    Attributes:
+        equal: output, in two passes, and gathered weights are one process's, bit for bit.
+        dtypes: of this process's rows of the quantised weights.
+        bytes, whole: of these rows, and of the whole weights in bfloat16.
+    """
+
+    equal: bool
+    dtypes: set[torch.dtype]
+    bytes: int
+    whole: int
+
+
+def shards_of_files(rank: int, setting: Setting, path: Path, dtype: torch.dtype, sharding: Sharding) -> Shards:
+    """Sample from an 8-bit checkpoint, each process its own video."""
+    mesh, weights = mesh_of(Sizes(2, 1, 1, 1)), weights_of(Copies(1, 2))
+    options = Options(sharding)
+    shared = load_transformer(path, dtype=dtype, shard=lambda model: parallelise(model, mesh, weights, options))
+    alone = load_transformer(path, dtype=dtype)
+    latents, timestep, text = (x[rank : rank + 1].to(dtype) for x in outliers(setting))
+    with torch.no_grad():
+        expected = alone(latents, timestep, text).sample
+        equal = all(shared(latents, timestep, text).sample.equal(expected) for _ in range(2))
+    forget_gathered(shared)
+    held = alone.state_dict()
+    equal &= all(whole(value).equal(held[name]) for name, value in shared.state_dict().items())
+    names = [name for name, value in held.items() if value.dtype is torch.uint8]
+    own = [shard_of(shared.get_parameter(name)).values for name in names]
+    return Shards(equal, {x.dtype for x in own}, sum(x.nbytes for x in own), sum(2 * held[n].numel() for n in names))
+
+
+def refused(rank: int, setting: Setting, path: Path) -> str:
+    """What loading in shards says of damage."""
+    mesh, weights = mesh_of(Sizes(2, 1, 1, 1)), weights_of(Copies(1, 2))
+    try:
+        load_transformer(path, shard=lambda model: parallelise(model, mesh, weights, Options()))
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def running_numbers(rank: int, sizes: Sizes | None, setting: Setting, scales: list[float]) -> dict[str, torch.Tensor]:

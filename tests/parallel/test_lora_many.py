@@ -96,6 +96,18 @@ def test_hif8_below_an_adapter(stored: bool, tmp_path: Path, processes: Group) -
         assert (ours[name] - value).norm() < 0.01 * value.norm(), name
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_weights_below_an_adapter_stay_in_8_bits_in_shards(half: bool, tmp_path: Path, processes: Group) -> None:
+    save_transformer(ODD.model().float(), tmp_path / "base")
+    quantize_transformer(tmp_path / "base", tmp_path / "small", QuantConfig())
+    adapter = save_adapter(ODD, tmp_path / "lora")
+    dtype = torch.bfloat16 if half else torch.float32
+    quant = (("quant", "hif8"), ("quant_attn", "hif8"))
+    case = Case(ODD, tmp_path / "small", DP, True, dtype=dtype, quant=quant, param_dtype=dtype if half else None)
+    for found in processes(2).run(cases.errors_of_stored, case, adapter):
+        assert max(found.values()) < (1e-2 if half else 1e-5), found
+
+
 def test_bfloat16_weights_below_a_float32_adapter(base: Path, adapter: Path, processes: Group) -> None:
     case = Case(ODD, base, SSP, dtype=torch.bfloat16, param_dtype=torch.bfloat16)
     found = processes(2).run(cases.gradients, case, adapter)[0]

@@ -7,10 +7,12 @@ import pytest
 import quantised_cases as cases
 import torch
 from processes import Processes
+from safetensors.torch import load_file, save_file
 from sequence_cases import Setting
 
 from ospnext.checkpoints.save import save_transformer
 from ospnext.cli import main
+from ospnext.parallel.fsdp import Sharding
 from ospnext.parallel.mesh import Sizes
 
 Group = Callable[[int], Processes]
@@ -43,6 +45,43 @@ def test_sharded_weights_train_and_load_the_same(sizes: Sizes, processes: Group,
     assert max(processes(2).run(cases.errors_of_files, sizes, SETTING, tmp_path / "small")) < 1e-2
     save_transformer(cases.measured(SETTING), tmp_path / "running", to="osp")
     assert max(processes(2).run(cases.errors_of_files, sizes, SETTING, tmp_path / "running")) < 1e-2
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A checkpoint in 8 bits, sizes that divide by nothing."""
+    quantised = tmp_path / "small"
+    save_transformer(Setting((2, 5, 7), 2, 3).model().bfloat16(), tmp_path / "plain")
+    assert main(["quantize", str(tmp_path / "plain"), str(quantised)]) == 0
+    return quantised
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sharding"),
+    [
+        (torch.float32, Sharding()),
+        (torch.bfloat16, Sharding(reshard_after_forward=False, explicit_prefetching_num_blocks=2)),
+    ],
+    ids=["float32", "bfloat16, kept and gathered ahead"],
+)
+def test_stored_weights_stay_in_8_bits_in_shards(
+    dtype: torch.dtype, sharding: Sharding, small: Path, processes: Group
+) -> None:
+    setting = Setting((2, 5, 7), 2, 3)
+    found = processes(2).run(cases.shards_of_files, setting, small, dtype, sharding)
+    assert all(shards.equal for shards in found)
+    assert all(shards.dtypes == {torch.uint8} for shards in found)
+    assert sum(shards.bytes for shards in found) == found[0].whole // 2
+
+
+def test_a_damaged_code_is_refused_where_it_lies(small: Path, processes: Group) -> None:
+    file = next(small.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = "blocks.0.ffn.0.weight"
+    tensors[name][-1, -1] = 0x80
+    save_file(tensors, file)
+    first, last = processes(2).run(cases.refused, Setting((2, 5, 7), 2, 3), small)
+    assert (first, name in last, "damaged" in last) == ("", True, True)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

@@ -10,6 +10,8 @@ import torch
 from processes import Processes
 from rl_cases import save_pipeline
 
+from ospnext.cli import main
+
 Group = Callable[[int], Processes]
 
 PATIENCE = 200.0  # seconds, for the day the machine is busy
@@ -81,6 +83,23 @@ def test_other_ways_are_those_of_one_process_too(
     for mine, theirs in zip(*(cases.lines_of(out / "train_log.jsonl") for out in (one, two)), strict=True):
         for key in ("reward", "grad_norm", "ratio", *(("kl",) if "rl_config__kl_beta" in settings else ())):
             assert mine[key] == pytest.approx(theirs[key], rel=5e-3, abs=1e-6), key
+
+
+def test_a_base_in_8_bits_stays_so_in_shards(
+    processes: Group, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, one, two = (tmp_path / name for name in ("small", "one", "two"))
+    assert main(["quantize", str(folder / "pipeline"), str(small)]) == 0
+    values = ONE_UPDATE | {"model": small, "num_epochs": 1, "rl_config__eval_prompt_file": None}
+    capsys.readouterr()
+    assert cases.train(0, 1, folder, one, values) == ""
+    assert "weights stored in 8 bits" in " ".join(capsys.readouterr().out.split())
+    values |= {"rl_config__num_batches_per_epoch": 1, "fsdp_size": 2}
+    assert set(processes(2).run(cases.train, 2, folder, two, values, seconds=PATIENCE)) == {""}
+    (mine,), (theirs,) = (cases.lines_of(out / "train_log.jsonl") for out in (one, two))
+    for key in ("reward", "grad_norm", "ratio"):
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-3), key
+    assert mine["ratio_before"] < 1e-5 > theirs["ratio_before"]
 
 
 def test_groups_that_do_not_go_round_are_refused_on_all(processes: Group, folder: Path, tmp_path: Path) -> None:

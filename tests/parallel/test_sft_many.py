@@ -18,6 +18,8 @@ from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.media import read_video
 from ospnext.parallel.state import newest, read, read_record, step_of
+from ospnext.prepare.quantize import quantize_transformer
+from ospnext.quant.config import QuantConfig
 
 Group = Callable[[int], Processes]
 
@@ -103,10 +105,15 @@ def test_dense_becomes_sparse_on_two_processes_as_on_one(processes: Group, paths
     hold(found, expected)
 
 
-def test_an_adapter_s_run_is_that_of_one_process(processes: Group, paths: Any, tmp_path: Path) -> None:
-    given = paths | cases.save_base(tmp_path / "base")
+@pytest.mark.parametrize("stored", [False, True], ids=["ssp", "data, on 8 bits"])
+def test_an_adapter_s_run_is_that_of_one_process(stored: bool, processes: Group, paths: Any, tmp_path: Path) -> None:
+    given, sharing = paths | cases.save_base(tmp_path / "base"), batch(1, 4) | SSP2
+    if stored:  # sums in the same order, and one step: a number beside a midpoint would fall on its other side
+        quantize_transformer(tmp_path / "base", tmp_path / "small", QuantConfig())
+        given["model_config.pretrained_model_dir_or_checkpoint"] = str(tmp_path / "small")
+        given, sharing = given | batch(1, 4) | {"training_iteration": 1}, batch(1, 2)
     assert cases.train(0, 1, given | {"output_dir": tmp_path / "one"}) == ""
-    many = batch(1, 4) | SSP2 | {"fsdp_size": 2, "gradient_checkpointing": True, "output_dir": tmp_path / "two"}
+    many = sharing | {"fsdp_size": 2, "gradient_checkpointing": True, "output_dir": tmp_path / "two"}
     assert set(processes(2).run(cases.train, 2, given | many, seconds=PATIENCE)) == {""}
     hold(cases.outcome(tmp_path / "two"), cases.outcome(tmp_path / "one"))
     one, two = (read_adapter(tmp_path / run / "adapter").pairs for run in ("one", "two"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,15 +13,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ospnext.checkpoints.load import load_transformer
+from ospnext.checkpoints.save import save_transformer
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid, Layout, order
 from ospnext.ops.rope import rope_table
+from ospnext.parallel.fsdp import Copies, Sharding, copies_mesh, shard_transformer
 from ospnext.prepare.plan_devices import find_device
 from ospnext.prepare.plan_memory import phases
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import make_recipe, read_config
 from ospnext.prepare.plan_trace import Held, Shared, trace_block
 from ospnext.prepare.plan_work import sharded
+from ospnext.prepare.quantize import quantize_transformer
+from ospnext.quant.config import QuantConfig
 
 SETTINGS = {"dim": 96, "ffn_dim": 256, "num_heads": 4, "text_len": 12, "text_dim": 16, "freq_dim": 16, "num_layers": 2}
 GRID = Grid(4, 9, 10)
@@ -126,3 +132,29 @@ def test_shards_are_those_of_fsdp(four_ranks: None) -> None:
     fully_shard(model, mesh=mesh)
     assert sum(p.to_local().numel() for p in model.parameters()) == expected
     assert sharded(OSPNextTransformer3DModel(**sizes), 1) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["generate", "train"])
+def test_shards_in_8_bits_are_those_that_are_loaded(
+    kind: Literal["generate", "train"], four_ranks: None, tmp_path: Path
+) -> None:
+    sizes = SETTINGS | {"dim": 90, "num_heads": 3, "ffn_dim": 101}  # divides by nothing
+    save_transformer(OSPNextTransformer3DModel(**sizes), tmp_path / "plain")
+    quantize_transformer(tmp_path / "plain", tmp_path / "small", QuantConfig())
+    (tmp_path / "run.yaml").write_text(
+        f"weight_dtype: bf16\nmodel_config: {{pretrained_model_dir_or_checkpoint: {tmp_path / 'small'}}}\n"
+    )
+    words = [["lora_config.rank=2", "data_config.batch_size=1"], ["encoder_cpu_offload=true"]][kind == "generate"]
+    recipe = make_recipe(read_config(str(tmp_path / "run.yaml"), words, kind), find_device("h100"))
+    parts = phases(recipe, Mesh(4, 1, 4, 1, 1, 1), find_device("h100"))[1 if kind == "generate" else 0].parts
+    mesh = copies_mesh(Copies(1, 4), "cpu")
+    model = load_transformer(
+        tmp_path / "small", dtype=torch.bfloat16, shard=lambda m: shard_transformer(m, mesh, Sharding(), 4)
+    )
+    held = sum(p.to_local().nbytes for p in model.parameters())
+    assert parts["transformer" if kind == "generate" else "frozen weights"] == held
+    block, whole = (sum(p.nbytes for p in m.parameters()) for m in (model.blocks[0], model))  # a DTensor's are all
+    gathered = whole - (len(model.blocks) - 2) * block
+    if kind == "train":
+        gathered += 4 * sum(p.numel() for p in recipe.adapter.parameters()) // len(model.blocks)
+    assert parts["gathered weights"] == gathered

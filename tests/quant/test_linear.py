@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ospnext.ops import hif8
 from ospnext.quant.config import QuantConfig
-from ospnext.quant.execution import matmul
+from ospnext.quant.execution import hold_codes, matmul
 from ospnext.quant.linear import SCALE, HiF8Linear, HiF8StoredLinear
 from ospnext.quant.running import AMAX, SEEN, advance
 
@@ -233,6 +233,19 @@ def test_a_stored_weight_is_what_is_rounded_each_time(dtype: torch.dtype, execut
     stored.to(torch.float16)
     assert stored.get_buffer(SCALE).equal(scale)
     assert stored.bias.dtype is torch.float16
+
+
+@pytest.mark.parametrize("execution", ["emulation", "fp8", "ascend"])
+def test_codes_may_come_in_another_dtype(execution: str) -> None:
+    codes, scale = torch.arange(256, dtype=torch.uint8).view(16, 16), torch.tensor(0.5)
+    codes = torch.where(hif8.decode(codes).abs() <= 15, codes, 0)
+    config = QuantConfig(execution=execution)
+    expected = hold_codes(codes, scale, config)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        held = hold_codes(codes.to(dtype), scale, config)
+        assert held.values.dtype is expected.values.dtype
+        assert held.values.float().equal(expected.values.float())
+        assert held.inverse.equal(expected.inverse)
 
 
 @pytest.mark.parametrize("execution", ["emulation", "fp8"])

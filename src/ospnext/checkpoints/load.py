@@ -84,7 +84,7 @@ def load_transformer(
         progress: called while loading with a label, bytes done and bytes in all.
         shard: how processes share the weights; ``device`` is then where they are kept (``fsdp.storage_device``).
         quant: keys of ``quant.settings.QuantKeys``; they win over what the folder's config.json says.
-        trainable: hold weights that are stored in 8 bits in plain numbers, as they also are where processes share them.
+        trainable: hold weights that are stored in 8 bits in plain numbers, to train them.
         adapters: LoRAs to put on; the weights themselves are frozen then.
         relayout: let the sparse settings among ``overrides`` win over the folder's: the weights are then to be trained
             for other layouts than they know.
@@ -119,6 +119,7 @@ def load_transformer(
         shard(model)
         names: NameMap = lambda name: name_of(base_name(name))  # noqa: E731
         fill_shards(model, weights, names, device, progress, ignore, adapter_names(model))
+        check_stored(model, weights.source)
         for adapter in adapters:
             start(model, adapter.source, adapter.name)
     return model.eval()

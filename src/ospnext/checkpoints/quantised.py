@@ -16,6 +16,7 @@ from torch import nn
 from ospnext.checkpoints.read import CheckpointError, Reader, TensorInfo, WeightFile, Weights, list_names, read_json
 from ospnext.config import ConfigError
 from ospnext.ops import hif8
+from ospnext.parallel.fsdp import shard_of
 from ospnext.quant.apply import matching, quantize
 from ospnext.quant.config import QuantConfig
 from ospnext.quant.linear import SCALE, HiF8StoredLinear
@@ -123,10 +124,13 @@ def check_codes(name: str, codes: torch.Tensor, scale: torch.Tensor, source: obj
 
 
 def check_stored(model: nn.Module, source: object) -> None:
-    """``check_codes`` of every weight that a loaded model holds in 8 bits, ``check_running`` of all running numbers."""
+    """``check_codes`` of every weight that a loaded model holds in 8 bits, ``check_running`` of all running numbers.
+
+    Of weights that are shared a process checks its own rows.
+    """
     for name, module in model.named_modules():
         if isinstance(module, HiF8StoredLinear) and not module.weight.is_meta:
-            check_codes(f"{name}.{_WEIGHT}", module.weight, module.get_buffer(SCALE), source)
+            check_codes(f"{name}.{_WEIGHT}", shard_of(module.weight).values, module.get_buffer(SCALE), source)
     for name, numbers in buffers(model).items():
         if not numbers.is_meta:
             check_running(name, numbers, source)
@@ -189,7 +193,7 @@ def put_recipe(
     if config is None or later:
         weights = decoded(weights)
     else:
-        weights = _put_quantisation(model, weights, said, config, in_8_bits=not trainable and not shared)
+        weights = _put_quantisation(model, weights, said, config, in_8_bits=not trainable)
     return ToFill(weights, known - _known_buffers(model, known, weights), config if later else None)
 
 

@@ -9,7 +9,8 @@ Mixed precision: the parameters a process keeps and their gradients are in the d
 train), gathered weights in ``param_dtype``; gradients are added up in float32 at least. Inputs are never cast:
 timesteps, rotary positions and modulation reach the blocks in float32, and the model's norms and modulation compute in
 it, as on one device whose weights are in ``param_dtype``. The weights of norms and the modulation are rounded to
-``param_dtype`` on the way: a unit is gathered in one dtype.
+``param_dtype`` on the way: a unit is gathered in one dtype. Whole numbers, such as frozen weights in 8 bits, are kept
+and gathered as they are (by torch 2.11 in ``param_dtype``, which has all 256).
 
 A model that also trains is to sample under ``torch.no_grad``: what FSDP2 sets aside under ``torch.inference_mode``
 serves no training, and torch says so.

@@ -77,8 +77,8 @@ def decode_peak(recipe: Recipe, mode: DecodeMode, team: int) -> int:
 
 def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
     settings = recipe.settings
-    own = sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
-    if recipe.hif8_linears and mesh.fsdp == 1:  # shards are held as they are
+    own = _frozen(recipe, mesh)
+    if recipe.hif8_linears and not recipe.stored and mesh.fsdp == 1:  # shards stay as in the files
         own -= quantised_numbers(recipe.transformer) * (recipe.dtype.itemsize - 1)
     text = nbytes(recipe.text_encoder) // mesh.fsdp
     resting = {"transformer": own, "autoencoder": nbytes(recipe.vae)}
@@ -94,7 +94,7 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
         Phase(
             "denoise",
             resting
-            | {"gathered weights": _gathered(recipe, mesh, recipe.dtype)}
+            | {"gathered weights": _gathered(recipe, mesh)}
             | _inference_activations(recipe, mesh)
             | {"latents and tables": _tables(recipe, mesh)},
         ),
@@ -107,7 +107,7 @@ def _generate(recipe: Recipe, mesh: Mesh, device: Device) -> tuple[Phase, ...]:
 
 def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
     own = sharded(recipe.trained, mesh.fsdp) * _FLOAT32
-    frozen = 0 if recipe.adapter is None else sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize
+    frozen = 0 if recipe.adapter is None else _frozen(recipe, mesh)
     state = {
         "frozen weights": frozen,
         "master weights": own,
@@ -127,7 +127,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> tuple[Phase, ...]:
     if mesh.fsdp > 1:
         blocks = recipe.transformer.blocks
         reduced = count(blocks[0]) if recipe.adapter is None else count(recipe.adapter) // len(blocks)
-        gathered = _gathered(recipe, mesh, recipe.dtype) + _FLOAT32 * reduced
+        gathered = _gathered(recipe, mesh) + _FLOAT32 * reduced
     else:  # autocast keeps a copy of every weight it has cast until the pass is over
         gathered = count(recipe.trained) * recipe.dtype.itemsize if half else 0
     step = {"gathered weights": gathered} | _training_activations(recipe, mesh)
@@ -177,19 +177,33 @@ def _entry(recipe: Recipe, mesh: Mesh) -> int:
     return rows(recipe, mesh) * _own_tokens(recipe, mesh) * recipe.settings["dim"] * recipe.dtype.itemsize
 
 
-def quantised_numbers(transformer: nn.Module) -> int:
-    """Numbers in the weights of the linears that HiF8 means."""
+def quantised_numbers(transformer: nn.Module, ranks: int = 1) -> int:
+    """Numbers in the weights of the linears that HiF8 means, on one of ``ranks`` processes that share them."""
     linears = (m for name, m in transformer.named_modules() if any(fnmatchcase(name, p) for p in LINEARS))
-    return sum(linear.weight.numel() for linear in linears if isinstance(linear, nn.Linear))
+    weights = (linear.weight for linear in linears if isinstance(linear, nn.Linear))
+    return sum(-(-weight.shape[0] // ranks) * weight.shape[1] for weight in weights)
 
 
-def _gathered(recipe: Recipe, mesh: Mesh, dtype: torch.dtype) -> int:
+def gathered_of_blocks(recipe: Recipe) -> int:
+    """Bytes of all blocks' weights as FSDP gathers them."""
+    saved = quantised_numbers(recipe.transformer) * (recipe.dtype.itemsize - 1) if recipe.stored else 0
+    return count(recipe.transformer.blocks) * recipe.dtype.itemsize - saved
+
+
+def _frozen(recipe: Recipe, mesh: Mesh) -> int:
+    """Bytes of weights that are not trained, on one process."""
+    saved = quantised_numbers(recipe.transformer, mesh.fsdp) * (recipe.dtype.itemsize - 1) if recipe.stored else 0
+    return sharded(recipe.transformer, mesh.fsdp) * recipe.dtype.itemsize - saved
+
+
+def _gathered(recipe: Recipe, mesh: Mesh) -> int:
     """Weights that FSDP holds whole for a while."""
     if mesh.fsdp == 1:
         return 0
-    every, blocks = count(recipe.transformer), recipe.transformer.blocks
-    outside = every - count(blocks)
-    return (outside + min(_GATHERED_BLOCKS, len(blocks)) * count(blocks[0])) * dtype.itemsize
+    blocks = recipe.transformer.blocks
+    outside = count(recipe.transformer) - count(blocks)
+    block = gathered_of_blocks(recipe) // len(blocks)
+    return outside * recipe.dtype.itemsize + min(_GATHERED_BLOCKS, len(blocks)) * block
 
 
 def _tables(recipe: Recipe, mesh: Mesh) -> int:

@@ -18,7 +18,8 @@ from ospnext.checkpoints.components import EMBEDDED, pipeline_folder
 from ospnext.checkpoints.formats import DEFAULTS, read_settings
 from ospnext.checkpoints.load import find_transformer, load_text_encoder, load_vae, open_transformer
 from ospnext.checkpoints.lora import NewAdapter, linear_shapes
-from ospnext.checkpoints.read import read_json
+from ospnext.checkpoints.quantised import said_of, stored_linears
+from ospnext.checkpoints.read import open_weights, read_json
 from ospnext.config import PLACEHOLDER, Config, ConfigError, config_keys, load_config, read_yaml
 from ospnext.config_keys import key_rules
 from ospnext.device import resolve_dtype
@@ -28,7 +29,7 @@ from ospnext.models.text import small_text_encoder
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.ops.layout import Grid
 from ospnext.prepare.plan_devices import Code, Device
-from ospnext.quant.settings import quant_keys, read_keys
+from ospnext.quant.settings import quant_keys
 from ospnext.sections import RunConfig
 from ospnext.train.settings import TrainConfig
 
@@ -64,6 +65,7 @@ class Recipe:
         kernel: attention kernel asked for.
         code: how blocks run.
         hif8_linears, hif8_attention: sampled in HiF8 on FP8 tensor cores.
+        stored: the files hold the linears' weights in 8 bits, and they stay so: they are sampled with, or frozen.
         assumed: what nobody said and was taken for granted.
         guided: whether a step asks the model twice.
         batched: both at once.
@@ -91,6 +93,7 @@ class Recipe:
     code: Code
     hif8_linears: bool
     hif8_attention: bool
+    stored: bool
     assumed: tuple[str, ...]
     # of sampling
     guided: bool = False
@@ -160,6 +163,7 @@ def make_recipe(config: RunConfig, device: Device) -> Recipe:
         code=_code(config, device),
         hif8_linears=hif8[0],
         hif8_attention=hif8[1],
+        stored=_stays_in_8_bits(config, home),
         assumed=tuple(assumed),
         **asked,
     )
@@ -217,9 +221,7 @@ def _adapter(config: TrainConfig, transformer: OSPNextTransformer3DModel) -> nn.
 
 def _hif8(config: RunConfig, home: Path | None, device: Device, assumed: list[str]) -> tuple[bool, bool]:
     """Whether linears and attention are sampled in HiF8; in training they are counted as in plain numbers."""
-    keys = quant_keys(config.transformer_config)
-    if home is not None and not (place := find_transformer(home)).is_file():
-        keys = read_keys(read_json(place / "config.json"), place) | keys
+    keys = _quant(config, home)
     asked = keys.get("quant") == "hif8", keys.get("quant_attn") == "hif8"
     if not any(asked):
         return False, False
@@ -228,6 +230,19 @@ def _hif8(config: RunConfig, home: Path | None, device: Device, assumed: list[st
         assumed.append(f"HiF8: {why} there are no rates for it; counted in {config.weight_dtype}")
         return False, False
     return asked
+
+
+def _quant(config: RunConfig, home: Path | None) -> dict[str, Any]:
+    """The keys of the recipe that runs: the configuration's, and the checkpoint's where that says nothing."""
+    said = {} if home is None else said_of(find_transformer(home))
+    return said | quant_keys(config.transformer_config)
+
+
+def _stays_in_8_bits(config: RunConfig, home: Path | None) -> bool:
+    trained = isinstance(config, TrainConfig) and config.lora_config is None
+    if home is None or trained or _quant(config, home).get("quant") != "hif8":
+        return False
+    return bool(stored_linears(open_weights(find_transformer(home))))
 
 
 def _code(config: RunConfig, device: Device) -> Code:

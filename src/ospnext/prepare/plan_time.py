@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ospnext.ops.layout import Layout
 from ospnext.prepare.plan_devices import BACKWARD_SHARE, Device
-from ospnext.prepare.plan_memory import held_by_block, held_by_blocks, rows
+from ospnext.prepare.plan_memory import gathered_of_blocks, held_by_block, held_by_blocks, rows
 from ospnext.prepare.plan_mesh import Mesh
 from ospnext.prepare.plan_recipe import Recipe
 from ospnext.prepare.plan_work import Flops, block_flops, count, decode_flops, encode_flops, ends_flops, sharded
@@ -113,10 +113,10 @@ def step_sent(recipe: Recipe, mesh: Mesh) -> Sent:
     taught = layers * sequence.attend_values(Layout.FULL, settings["dim"]) if recipe.teacher else 0
     again = recipe.checkpointing  # attention's exchanges are made again, those between blocks are not
     each = passes(recipe, mesh) * rows(recipe, mesh) * recipe.dtype.itemsize
-    blocks = count(recipe.transformer.blocks)
-    weights = count(recipe.transformer)
+    blocks = gathered_of_blocks(recipe)
+    outside = (count(recipe.transformer) - count(recipe.transformer.blocks)) * recipe.dtype.itemsize
     share = (mesh.fsdp - 1) / mesh.fsdp
-    fetched = (blocks * (ways + recipe.teacher) + weights - blocks) * recipe.dtype.itemsize * share
+    fetched = (blocks * (ways + recipe.teacher) + outside) * share
     reduced = 0.0
     if training:
         own = sharded(recipe.trained, mesh.fsdp)

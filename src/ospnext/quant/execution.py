@@ -39,9 +39,14 @@ def hold(x: torch.Tensor, largest: torch.Tensor, scale_max: float, execution: Ex
 
 
 def hold_codes(codes: torch.Tensor, inverse: torch.Tensor, config: QuantConfig) -> Held:
-    """The same of HiF8 codes, or of E4M3 made of them, that were made with ``scale_max_forward``."""
+    """The same of HiF8 codes, or of E4M3 made of them, that were made with ``scale_max_forward``.
+
+    Codes may come as whole numbers in a floating dtype: FSDP2 of torch 2.11 gathers every parameter in ``param_dtype``,
+    and each of them has all 256.
+    """
     if codes.dtype is fp8.E4M3:
         return Held(codes, inverse / fp8.headroom(config.scale_max_forward))
+    codes = codes.to(torch.uint8)
     if config.execution == "fp8":
         factor = fp8.headroom(config.scale_max_forward)
         return Held(fp8.codes_to_e4m3(codes, config.scale_max_forward), inverse / factor)

@@ -196,7 +196,6 @@ def load(config: RLConfig, job: Job, crew: Crew, progress: ProgressCallback | No
         options=options,
         progress=progress,
         quant=plan.quant,
-        trainable=True,
         adapters=[WithAdapter(job.adapter)],
         **config.architecture(),
     )
