@@ -51,7 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--other-rl-minutes", type=float, default=8.2, help="of leading and of all")
     parser.add_argument("--grade-prompts", type=int, default=2048, help="held-out prompts that the recipe is graded on")
     parser.add_argument("--start-prompts", type=int, default=256, help="that its states are")
-    for name in ("recipe", "grade", "rl", "hif8", "sparse"):
+    for name in ("text", "recipe", "grade", "rl", "hif8", "sparse"):
         parser.add_argument(f"--{name}", default="", metavar="WORDS", help=f"more words for {name}'s command")
     return parser.parse_args()
 
@@ -167,20 +167,8 @@ def recipe(run: Run) -> None:
     """The shapes recipe from the beginning, and its grade."""
     args = run.args
     text, out = args.out / "text", args.out / "recipe"
-    small = shlex.split(args.recipe)
-    own_text = [word for word in small if word.startswith("num_captions=")]
-    run.do(
-        "text",
-        ospnext(
-            "train-text",
-            ROOT / "configs/shapes/text.yaml",
-            f"output_dir={text}",
-            f"device={run.device}",
-            *(["training_iteration=2", "batch_size=4"] if own_text else []),
-            *own_text,
-        ),
-        0,
-    )
+    words = [f"output_dir={text}", f"device={run.device}", *shlex.split(args.text)]
+    run.do("text", ospnext("train-text", ROOT / "configs/shapes/text.yaml", *words), 0)
     given = {
         "output_dir": out,
         "device": run.device,
@@ -192,7 +180,7 @@ def recipe(run: Run) -> None:
         "keep_checkpoints": "",
         "trackers": "[]",
     }
-    words = [f"{key}={value}" for key, value in given.items()] + [w for w in small if w not in own_text]
+    words = [f"{key}={value}" for key, value in given.items()] + shlex.split(args.recipe)
     try:
         run.do("recipe", ospnext("train", ROOT / "configs/shapes/transformer.yaml", *words), 0)
     except RuntimeError:

@@ -355,7 +355,8 @@ def test_half_an_hour_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
     few = "--videos 2 --sampling-steps 1 --batch 2"
     more = {
-        "recipe": f"num_captions=40 {data} vae_config.dtype=fp32 warmup_steps=1",
+        "text": "num_captions=40 training_iteration=2 batch_size=4",
+        "recipe": f"{data} vae_config.dtype=fp32 warmup_steps=1",
         "grade": "num_inference_steps=2 batch_size=2",
         "rl": f"--prompts 2 {changed(rl_words)}",
         "hif8": f"{few} --parts post {changed(data.split())}",
