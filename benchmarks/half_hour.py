@@ -148,8 +148,9 @@ class Run:
 
 
 def say(**line: object) -> None:
-    """Print a JSON line."""
-    print(json.dumps({"benchmark": "half_hour", "time": time.strftime("%H:%M:%S"), **line}), flush=True)
+    """Print a JSON line, in one piece: several threads do."""
+    text = json.dumps({"benchmark": "half_hour", "time": time.strftime("%H:%M:%S"), **line})
+    print(f"{text}\n", end="", flush=True)
 
 
 def ospnext(*words: object) -> list[str]:
