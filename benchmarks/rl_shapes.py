@@ -29,7 +29,8 @@ from unittest.mock import MagicMock
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
-    "mix": {"window": "progressive", "sde_steps": 4},  # Mix-GRPO's sliding window
+    "mix": {},  # Mix-GRPO's window, that of the recipe
+    "progressive": {"window": "progressive", "sde_steps": 4, "window_interval": 25},
     "random": {"window": "random", "sde_steps": 4, "window_interval": 1},
     "leading": {"window": "leading", "sde_steps": 4},  # the window of OSP-Next: 10 of 25 steps
     "all": {"window": "leading", "sde_steps": 10},  # every step but the last, as Flow-GRPO

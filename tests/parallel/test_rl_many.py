@@ -105,7 +105,7 @@ def test_a_base_in_8_bits_stays_so_in_shards(
 def test_groups_that_do_not_go_round_are_refused_on_all(processes: Group, folder: Path, tmp_path: Path) -> None:
     values = {"rl_config__num_batches_per_epoch": 1, "rl_config__num_image_per_prompt": 8, "rl_config__best_of_n": 4}
     refused = processes(2).run(cases.train, 2, folder, tmp_path / "run", values, seconds=PATIENCE)
-    assert all("best_of_n chooses within a prompt's group, but 1 groups do not go round 2" in text for text in refused)
+    assert all("best_of_n chooses by a prompt's group, but 1 groups do not go round 2" in text for text in refused)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from ospnext.train.rl.grpo import advantages, best_and_worst, clipped_loss, mixed_advantages, zero_variance_share
+from ospnext.train.rl.grpo import (
+    advantages,
+    best_and_worst,
+    clipped_loss,
+    mixed_advantages,
+    most_varied,
+    zero_variance_share,
+)
+from ospnext.train.rl.run import places_to_train
+from ospnext.train.rl.settings import GRPOConfig
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 30.0])
 GROUPS = torch.tensor([0, 0, 7, 7])
@@ -69,6 +78,32 @@ def test_best_and_worst_of_every_group():
     groups = torch.tensor([0] * 5 + [1] * 5)
     assert best_and_worst(rewards, groups, 2).tolist() == [0, 1, 5, 9]
     assert best_and_worst(rewards, groups, 4).tolist() == [0, 1, 3, 4, 5, 7, 8, 9]
+
+
+def test_groups_whose_rewards_differ_most():
+    rewards = torch.tensor([1.0, 1.0, 0.0, 3.0, math.nan, math.nan, 2.0, math.nan, 5.0, 4.0])
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    assert most_varied(rewards, groups, 1).tolist() == [2, 3]
+    assert most_varied(rewards, groups, 2).tolist() == [2, 3, 8, 9]
+    assert most_varied(rewards, groups, 3).tolist() == [0, 1, 2, 3, 8, 9]  # of equals the first
+    assert most_varied(rewards, groups, 5).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(("varied", "best"), [(None, None), (2, None), (None, 2), (2, 2)])
+def test_who_is_trained_on(varied: int | None, best: int | None):
+    """As many whatever the rewards, and of the groups that are kept the best and the worst."""
+    config = GRPOConfig(
+        prompt_file="-", reward_fn={"motion": 1}, num_image_per_prompt=4, train_groups=varied, best_of_n=best
+    )
+    rewards = torch.tensor([1, 1, 1, 1, 0, 9, 5, 4, 2, 2, 2, 2, 0, 0, 7, 1], dtype=torch.float64)
+    places = places_to_train(config, rewards)
+    assert len(places) == (varied or 4) * (best or 4)
+    assert places == sorted(set(places))
+    if varied:
+        assert {place // 4 for place in places} == {1, 3}
+    if best:
+        assert {4, 5, 14} <= set(places)
+    assert len(places_to_train(config, torch.zeros(16))) == len(places)
 
 
 def test_zero_variance_share():

@@ -363,6 +363,7 @@ def test_a_log_of_somebody_elses_is_named(folder, tmp_path, capsys):
         ({"rl_config__num_image_per_prompt": 5}, "8 videos, no multiple of num_image_per_prompt 5"),
         ({"rl_config__watch_fn": "[brightness]"}, "watch_fn names brightness, which reward_fn optimises"),
         ({"rl_config__best_of_n": 3}, "best_of_n is 3: it must be even"),
+        ({"rl_config__train_groups": 3}, "train_groups is 3, but an epoch has 2 prompts"),
         ({"rl_config__noise": "cps", "rl_config__noise_level": 1.5}, "noise_level is 1.5: that of noise cps is"),
         ({"rl_config__prompt_file": "nowhere.txt"}, "nowhere.txt"),
         ({"lora_config__target_modules": "[self_attn.x]"}, "self_attn.x"),
@@ -482,7 +483,7 @@ def also(settings: dict[str, object]) -> object:
     "settings",
     [
         also({"rl_config__sample_time_per_prompt": 2}),
-        {"rl_config__best_of_n": 2, "rl_config__train_batch_size": 2},
+        {"rl_config__best_of_n": 2, "rl_config__train_groups": 1, "rl_config__train_batch_size": 2},
         {"rl_config__kl_beta": 0.1, "rl_config__kl_convention": "no_dt"},
         also({"rl_config__kl_reward": 0.5}),
         {"rl_config__use_cfg_in_train": False},

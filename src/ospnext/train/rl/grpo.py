@@ -102,6 +102,30 @@ def best_and_worst(rewards: Tensor, groups: Tensor, count: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
+def most_varied(rewards: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Which ``count`` groups teach most: those whose rewards deviate most, the earlier ones where they are alike.
+
+    A group whose rewards are all the same has no gradient, but would take as long to train on (Yu et al., "DAPO",
+    2025, draws others in its place).
+
+    Args:
+        rewards: [S]; what is no number counts nowhere.
+        groups: [S]; at least ``count`` of them.
+        count: groups to keep.
+
+    Returns:
+        Places in 0..S-1, rising, of all members of these groups.
+    """
+    names = groups.unique()
+    spread = []
+    for group in names:
+        values = rewards[groups == group].double()
+        values = values[values.isfinite()]
+        spread.append(values.std(correction=0) if len(values) else values.new_zeros(()))
+    kept = names[torch.stack(spread).argsort(descending=True, stable=True)[:count]]
+    return torch.isin(groups, kept).nonzero().flatten()
+
+
 def zero_variance_share(rewards: Tensor, groups: Tensor) -> float:
     """The share of groups whose rewards are all the same (or not there): these teach nothing."""
     flat = []

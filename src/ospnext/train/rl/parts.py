@@ -154,14 +154,19 @@ def check_groups(c: GRPOConfig, ranks: int) -> None:
             f"groups of processes are {videos} videos, no multiple of num_image_per_prompt {c.num_image_per_prompt}: "
             "change one"
         )
-    if c.best_of_n is None:
+    if c.best_of_n is None and c.train_groups is None:
         return
     groups = videos // c.num_image_per_prompt
     own = {s // c.group_size for s in share_of(0, ranks, groups, c.group_size)}
     if groups % ranks or len(own) * ranks != groups:
         raise ConfigError(
-            f"best_of_n chooses within a prompt's group, but {groups} groups do not go round {ranks} groups of "
-            "processes: change num_batches_per_epoch or num_image_per_prompt"
+            f"{'train_groups' if c.best_of_n is None else 'best_of_n'} chooses by a prompt's group, but {groups} "
+            f"groups do not go round {ranks} groups of processes: change num_batches_per_epoch or num_image_per_prompt"
+        )
+    if c.train_groups is not None and c.train_groups > len(own):
+        raise ConfigError(
+            f"train_groups is {c.train_groups}, but an epoch has {len(own)} prompts on each group of processes "
+            "(num_batches_per_epoch x sample_batch_size / num_image_per_prompt): lower it"
         )
 
 

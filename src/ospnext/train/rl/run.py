@@ -39,7 +39,7 @@ from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
 from ospnext.train.optim import MovingAverage, adamw
-from ospnext.train.rl.grpo import advantages, best_and_worst, mixed_advantages, zero_variance_share
+from ospnext.train.rl.grpo import advantages, best_and_worst, mixed_advantages, most_varied, zero_variance_share
 from ospnext.train.rl.held_out import HeldOut, read_lines, suspicions
 from ospnext.train.rl.parts import Job, arrange, load, make_rewards, settle
 from ospnext.train.rl.policy import Policy
@@ -207,10 +207,7 @@ class Training:
             )
         everyone = advantages_of(self.c, worth)
         own = torch.tensor(rollouts.samples)
-        places = list(range(len(own)))
-        if self.c.best_of_n is not None:
-            groups = torch.arange(len(own)) // self.c.group_size
-            places = best_and_worst(worth.rewards[own], groups, self.c.best_of_n).tolist()
+        places = places_to_train(self.c, worth.rewards[own])
         facts = self.facts(worth, everyone)
         self.updater.update(rollouts, places, everyone[own], facts, log, check)
         seconds = self.roller.seconds | {"training": time.perf_counter() - start}
@@ -363,6 +360,17 @@ def advantages_of(c: GRPOConfig, worth: Worth) -> Tensor:
     rewards = torch.stack([worth.each[name] for name in c.reward_fn], 1)
     weights = torch.tensor(list(c.reward_fn.values()), dtype=torch.float64)
     return mixed_advantages(rewards, weights, worth.prompts, **options)
+
+
+def places_to_train(c: GRPOConfig, rewards: Tensor) -> list[int]:
+    """Which of this rank's videos of an epoch, by their rewards, are trained on; as many on every rank."""
+    groups = torch.arange(len(rewards)) // c.group_size
+    places = torch.arange(len(rewards))
+    if c.train_groups is not None:
+        places = most_varied(rewards, groups, c.train_groups)
+    if c.best_of_n is not None:
+        places = places[best_and_worst(rewards[places], groups[places], c.best_of_n)]
+    return places.tolist()
 
 
 def report(config: RLConfig, job: Job, transformer: Any, notices: list[str]) -> None:

@@ -90,6 +90,12 @@ class GRPOConfig(Config):
     best_of_n: int | None = Field(
         default=None, ge=2, description="train on so many of each group: half the best, half the worst"
     )
+    train_groups: int | None = Field(
+        default=None,
+        ge=1,
+        description="train on so many prompts of an epoch, of the ranks that share a video: those whose rewards differ "
+        "most; default: all",
+    )
     timestep_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the random steps to train on")
     clip_range: float = Field(default=5e-3, gt=0, description="how far the probability ratio counts")
     adv_clip_max: float = Field(default=5.0, gt=0, description="largest advantage")
