@@ -13,7 +13,8 @@ Pieces, each of which is kept in ``--out`` and goes on where it was stopped when
 
 Prints a JSON line for each point of a curve: share of videos in which everything is right with its 95% Wilson
 interval, seconds of reinforcement learning so far; and one for each variant with the time of an epoch and the gain in
-points. ``--draw`` makes pictures of a finished folder (on a machine with PyAV and matplotlib) and does nothing else.
+points, paired, with Newcombe's 95% interval.
+``--draw`` makes pictures of a finished folder (on a machine with PyAV and matplotlib) and does nothing else.
 """
 
 import argparse
@@ -170,14 +171,17 @@ def spent(folder: Path) -> float:
 
 def tell(folder: Path, variant: str) -> None:
     """The curve of a variant, and what it came to."""
+    from ospnext.evaluate.paired import paired_difference
     from ospnext.shapes.share import share
 
     curve, log = lines(folder / "evaluations.jsonl"), lines(folder / "train_log.jsonl")
     if not curve:
         return
+    all_marks = []
     for line in curve:
         scores = json.loads((folder / "eval" / f"epoch_{line['epoch']:06d}" / "scores.json").read_text())
         marks = [bool(video["shapes.everything"]) for video in scores["videos"]]
+        all_marks.append(marks)
         found = share(marks)
         say(
             variant=variant,
@@ -192,6 +196,7 @@ def tell(folder: Path, variant: str) -> None:
             **{name: line[f"shapes.{name}"] for name in ("count", "shape", "colour", "motion")},
         )
     if log:
+        gain = paired_difference(all_marks[0], all_marks[-1])
         parts = ("sampling", "waiting", "training")
         seconds = {part: round(sum(line[f"{part}_seconds"] for line in log) / len(log), 3) for part in parts}
         say(
@@ -206,7 +211,8 @@ def tell(folder: Path, variant: str) -> None:
             clip_fraction=round(sum(line["clip_fraction"] for line in log) / len(log), 4),
             zero_variance_share=round(sum(line["zero_variance_share"] for line in log) / len(log), 4),
             memory_gib=log[-1]["memory_gib"],
-            gain_points=round(100 * (curve[-1]["shapes.everything"] - curve[0]["shapes.everything"]), 2),
+            gain_points=round(100 * gain.difference, 2),
+            gain_95=[round(100 * gain.low, 2), round(100 * gain.high, 2)],
         )
 
 
