@@ -10,6 +10,8 @@ What runs, in processes with a log each in ``--out``:
 - ``rl_shapes.py`` has a GPU for itself: it starts from the state of the recipe in which the share of right videos is
   nearest one half, with ``mix`` on GPU 3, ``leading`` on 1 and ``all`` on 2.
 
+With ``--start MODEL`` reinforcement learning waits for nothing: it begins from that pipeline folder. ``--without``
+names pieces to leave out, so that ``--start MODEL --without recipe,hif8,sparse`` is reinforcement learning alone.
 With fewer GPUs the last one does what others would do; then ``leading`` and ``all`` come after ``mix``, side by side.
 Every piece keeps what it has done, so that the same command goes on where it was stopped or where its ``--minutes``
 were over. Prints a JSON line when a piece begins or ends, and last what the pieces have found.
@@ -33,6 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "src/ospnext/assets/shapes"
+PIECES = ("recipe", "hif8", "sparse", "mix", "leading", "all")
 GRACE = 40.0  # seconds that a piece has to save and end
 SPENT = 3  # exit code of a variant whose last epoch would not have ended in its minutes
 HALF = 0.46, 0.54  # shares of right videos that are near enough
@@ -44,8 +47,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of all pieces")
     parser.add_argument("--minutes", type=float, default=28.0, help="then everything saves and ends")
     parser.add_argument("--gpus", default="0,1,2,3", help="numbers; none: the CPU")
+    parser.add_argument("--start", type=Path, help="a pipeline folder that is half right; default: of the recipe")
+    parser.add_argument("--without", default="", help=f"pieces to leave out, of {', '.join(PIECES)}")
     parser.add_argument("--steps", type=int, default=14000, help="of the recipe")
-    parser.add_argument("--first-state", type=int, default=5500, help="the first that is graded for RL to start from")
+    parser.add_argument("--first-state", type=int, default=4500, help="the first that is graded for RL to start from")
     parser.add_argument("--every", type=int, default=500, help="steps between states")
     parser.add_argument("--rl-minutes", type=float, default=8.2, help="of mix")
     parser.add_argument("--other-rl-minutes", type=float, default=8.2, help="of leading and of all")
@@ -53,7 +58,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--start-prompts", type=int, default=256, help="that its states are")
     for name in ("text", "recipe", "grade", "rl", "hif8", "sparse"):
         parser.add_argument(f"--{name}", default="", metavar="WORDS", help=f"more words for {name}'s command")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.without = [name for name in args.without.split(",") if name]
+    if unknown := [name for name in args.without if name not in PIECES]:
+        parser.error(f"--without names {', '.join(unknown)}, which are none of {', '.join(PIECES)}")
+    if "recipe" in args.without and args.start is None and {"mix", "leading", "all"} - set(args.without):
+        parser.error("--without recipe leaves reinforcement learning no model: name one by --start")
+    return args
 
 
 class OutOfTimeError(Exception):
@@ -92,7 +103,7 @@ class Run:
             RuntimeError: it failed.
         """
         done = self.args.out / f"{name}.done"
-        if done.exists():
+        if done.exists() or name.removeprefix("rl_") in self.args.without:
             return
         if time.monotonic() >= self.end:
             raise OutOfTimeError
@@ -167,6 +178,8 @@ def script(run: Run, name: str, out: Path, more: str, *words: object) -> list[st
 def recipe(run: Run) -> None:
     """The shapes recipe from the beginning, and its grade."""
     args = run.args
+    if "recipe" in args.without:
+        return
     text, out = args.out / "text", args.out / "recipe"
     words = [f"output_dir={text}", f"device={run.device}", *shlex.split(args.text)]
     run.do("text", ospnext("train-text", ROOT / "configs/shapes/text.yaml", *words), 0)
@@ -224,7 +237,9 @@ def others(run: Run) -> None:
 
 def reinforcement(run: Run) -> None:
     """The variants of the window, from the same start."""
-    start = half_right(run)
+    if {"mix", "leading", "all"} <= set(run.args.without):
+        return
+    start = half_right(run) if run.args.start is None else run.args.start.resolve()
     mix, *rest = (
         partial(run.do, f"rl_{name}", variant(run, name, start, minutes), place)
         for name, minutes, place in (

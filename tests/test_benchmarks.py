@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -381,6 +382,12 @@ def test_half_an_hour_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert {"recipe", "grade_4", "grade_2", "rl_mix", "rl_leading", "rl_all", "hif8", "sparse"} <= ended.keys()
     assert {line.get("variant") for line in lines} >= {"mix", "leading", "all"}
     assert any(line.get("case") == "post" for line in lines)
+    words += ["--start", str(tmp_path / "step_2"), "--without", "recipe,leading,all,hif8,sparse"]
+    (tmp_path / "rl_mix.done").unlink()
+    shutil.rmtree(tmp_path / "rl")
+    alone = run("14")
+    assert alone.returncode == 0, alone.stdout
+    assert [line["piece"] for line in records(alone.stdout) if line.get("event") == "ends"] == ["rl_mix"]
     again = run("14")
     assert again.returncode == 0
     assert not [line for line in records(again.stdout) if line.get("event")]
