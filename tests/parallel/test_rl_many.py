@@ -68,9 +68,10 @@ def test_the_run_is_that_of_one_process(
     [
         {"rl_config__kl_beta": 1.0, "rl_config__kl_reward": 10.0, "rl_config__num_inner_epochs": 2},
         {"rl_config__cfg_gradient": "detached"},
+        {"rl_config__train_groups": 1, "rl_config__best_of_n": 2},
         {"model_config__quant": "hif8", "rl_config__use_cfg_in_train": False},
     ],
-    ids=["leashed", "detached", "hif8, conditional"],
+    ids=["leashed", "detached", "chosen", "hif8, conditional"],
 )
 def test_other_ways_are_those_of_one_process_too(
     settings: dict[str, Any], processes: Group, folder: Path, tmp_path: Path
