@@ -314,6 +314,8 @@ def test_reinforcement_learning_goes_on_and_tells_its_curve(tmp_path: Path) -> N
     (result,) = (line for line in lines if line.get("piece") == "result")
     assert result["ratio_before"] < 1e-4
     assert result["seconds_an_epoch"] > 0
+    assert result["gain_points"] == pytest.approx(curve[-1]["share"] - curve[0]["share"], abs=0.02)
+    assert result["gain_95"][0] <= result["gain_points"] <= result["gain_95"][1]
 
 
 def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
@@ -341,6 +343,17 @@ def test_the_quality_of_hif8_is_compared_in_pieces(tmp_path: Path) -> None:
     assert losses["training in bf16"] == pytest.approx(losses["training in hif8"], rel=0.05)
     again = run()
     assert records(again.stdout)[0]["seconds"] < 1, "nothing is done twice"
+
+
+@pytest.mark.parametrize(
+    ("without", "said"), [("recipee", "names recipee, which are none of recipe"), ("recipe,all", "name one by --start")]
+)
+def test_half_an_hour_without_what_it_needs_is_refused(tmp_path: Path, without: str, said: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / "half_hour.py"), "--out", str(tmp_path / "out"), "--without", without]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

@@ -105,8 +105,8 @@ def best_and_worst(rewards: Tensor, groups: Tensor, count: int) -> Tensor:
 def most_varied(rewards: Tensor, groups: Tensor, count: int) -> Tensor:
     """Which ``count`` groups teach most: those whose rewards deviate most, the earlier ones where they are alike.
 
-    A group whose rewards are all the same has no gradient, but would take as long to train on (Yu et al., "DAPO",
-    2025, draws others in its place).
+    Compared within itself, a group whose rewards are all the same has no gradient, but would take as long to train on
+    (Yu et al., "DAPO", 2025, draws others in its place).
 
     Args:
         rewards: [S]; what is no number counts nowhere.
