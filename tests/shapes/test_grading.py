@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ospnext.shapes import grading
 from ospnext.shapes.grade import grade
@@ -34,7 +35,7 @@ def clips() -> tuple[list[np.ndarray], list[Scene]]:
 @pytest.mark.parametrize("room", [True, False], ids=["shared", "through a pipe"])
 def test_processes_grade_as_one_does(clips, room, monkeypatch):
     if not room:
-        monkeypatch.setattr(grading._Shared, "of", lambda videos: None)
+        monkeypatch.setattr(grading._Shared, "of", lambda size: None)
     before = shared()
     expected = [grade(*pair) for pair in zip(*clips, strict=True)]
     with Graders(2) as graders:
@@ -43,6 +44,11 @@ def test_processes_grade_as_one_does(clips, room, monkeypatch):
         assert [future.result() for future in futures] == expected
         assert graders(*clips) == expected
         assert graders([], []) == []
+        tensors = [torch.from_numpy(np.ascontiguousarray(video)) for video in clips[0]]
+        assert graders(tensors, clips[1]) == expected
+        batches = [graders.begin(*clips) for _ in range(4)]  # more than are kept
+        assert [[future.result() for future in batch] for batch in batches] == [expected] * 4
+        assert len(shared() - before) <= grading._KEPT + 1  # the last one is given back any moment
     assert shared() == before
 
 
@@ -64,4 +70,4 @@ def test_memory_is_given_back_when_a_grader_fails(clips, monkeypatch):
 
 def test_little_room_is_not_used(clips, monkeypatch):
     monkeypatch.setattr(grading.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert grading._Shared.of(clips[0]) is None or not SHARED.is_dir()
+    assert grading._Shared.of(600) is None or not SHARED.is_dir()

@@ -40,7 +40,7 @@ class Shapes:
         if any("scene" not in one for one in metadata):
             raise ValueError("the reward shapes needs the scene of every prompt: use prompt_file=shapes:large")
         scenes = [Scene.from_dict(one["scene"]) for one in metadata]
-        frames = (videos.float() * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
+        frames = (videos.float() * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
         grades = self.graders(list(frames), scenes)
         parts: dict[str, list[float]] = {
             name: [_mark(grade, name) for grade in grades] for name in ("count", "shape", "colour", "motion")

@@ -109,9 +109,9 @@ def _deviation(picture: Tensor) -> Tensor:
     Each row's median sees the background; the line through them is fitted to least absolute error.
     """
     colours = torch.einsum("dc,tchw->tdhw", torch.tensor(_OPPONENT), picture)
-    rows = colours[::2, :, :, ::2].permute(2, 1, 0, 3).flatten(2).numpy()
-    middle = (rows.shape[2] - 1) // 2
-    rows = torch.from_numpy(np.partition(rows, middle)[..., middle])  # [H, 3]; torch's median takes twice as long
+    pixels = colours[::2, :, :, ::2].permute(2, 1, 0, 3).flatten(2).numpy()
+    middle = (pixels.shape[2] - 1) // 2
+    rows = torch.from_numpy(np.partition(pixels, middle)[..., middle])  # [H, 3]; torch's median takes twice as long
     height = torch.linspace(-1, 1, len(rows))
     design = torch.stack([torch.ones_like(height), height], 1)
     weights = torch.ones_like(rows)
