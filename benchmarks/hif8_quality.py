@@ -118,7 +118,8 @@ def train(args: argparse.Namespace, kind: str) -> None:
     if not (folder / "done.json").exists():
         given = {"output_dir": folder, "model": args.model, "device": args.device, "trackers": "[]"}
         given |= {"training_iteration": args.training_steps, "save_interval": 10**6, "log_interval": 5}
-        given["distillation_config.weight"] = 0  # the recipe for a finished model that is to learn something more
+        # A finished model that is to learn something more; its rate falls to zero, lest noise be compared.
+        given |= {"distillation_config.weight": 0, "optimizer_config.lr": 1e-4, "lr_schedule": "cosine"}
         given |= {f"model_config.{key}": "hif8" for key in EIGHT_BITS if kind == "hif8"}
         words = [f"{key}={value}" for key, value in given.items()] + args.set
         run(load_config(TrainConfig, ROOT / "configs/shapes/dense_to_sparse.yaml", words, key_rules("train")).alone())
