@@ -240,7 +240,8 @@ def draw(args: argparse.Namespace) -> None:
                 if not path.exists() and path.with_suffix(".npy").exists():
                     write_video(path, np.load(path.with_suffix(".npy")))
                 paths.append(path)
-        video_grid([path for path in paths if path.exists()], folder / "before_after.mp4", columns=2)
+        if kept := [path for path in paths if path.exists()]:
+            video_grid(kept, folder / "before_after.mp4", columns=2)
     axes.set(xlabel="seconds of reinforcement learning", ylabel="everything right, %")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)

@@ -7,7 +7,8 @@ A reward is a plain callable:
 
 Its factory is called with ``device`` and the options of the configuration. A package of its own offers one under the
 entry-point group ``ospnext.rewards``; a factory may have a ``check(**options)`` that raises ValueError before anything
-is loaded, and ``needs``, the names of the metadata that every prompt has to have.
+is loaded, ``needs``, the names of the metadata that every prompt has to have, and ``either_way``, which says that a
+watched score should not rise either.
 """
 
 import difflib

@@ -48,6 +48,8 @@ class Flicker:
 class Sharpness:
     """Fine structure: the mean absolute Laplacian of frames. It falls when pictures blur and rises with grain."""
 
+    either_way = True  # where it is watched, neither is wanted
+
     def __init__(self, device: torch.device | str = "cpu") -> None:
         pass
 

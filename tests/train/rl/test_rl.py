@@ -245,6 +245,10 @@ def test_cheating_is_suspected_where_the_reward_rises_and_a_watched_one_falls(fo
     assert suspicions({"reward": 0.4, "flicker": 0.1, "sharpness": 0.0}, before, config) == []
     (line,) = suspicions({"reward": 0.6, "flicker": 0.5, "sharpness": 0.2}, before, config)
     assert "flicker, which nobody optimises, fell from 0.9 to 0.5" in line
+    better = {"reward": 0.6, "flicker": 0.9999, "sharpness": 0.2}
+    assert suspicions(better, before | {"flicker": 0.5}, config) == []  # of sharpness more is worse, too
+    (line,) = suspicions(better | {"sharpness": 0.25}, before, config)
+    assert "sharpness, which nobody optimises, rose from 0.2 to 0.25" in line
 
 
 def test_rewards_that_fail_for_good_stop_the_run(folder, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from ospnext.generate.manifest import write_text
 from ospnext.generate.videos import to_uint8
 from ospnext.media import video_grid, write_video
 from ospnext.parallel.launch import Launch, gather_objects
+from ospnext.rewards.base import find_factory
 from ospnext.train.pictures import Shown, shown
 from ospnext.train.rl.policy import Policy
 from ospnext.train.rl.prompts import Prompt
@@ -140,16 +141,16 @@ class HeldOut:
 
 
 def suspicions(now: Mapping[str, float], before: Mapping[str, float], config: GRPOConfig) -> list[str]:
-    """What has fallen while the reward rose, in words: the marks of a reward that is being cheated."""
+    """What has got worse while the reward rose, in words: the marks of a reward that is being cheated."""
     if not now["reward"] > before["reward"]:
         return []
     said = []
     for name in config.watch_fn:
-        allowed = before[name] - config.watch_tolerance * abs(before[name])
-        if now[name] < allowed:
+        change, allowed = now[name] - before[name], config.watch_tolerance * abs(before[name])
+        if change < -allowed or (change > allowed and getattr(find_factory(name), "either_way", False)):
             said.append(
                 f"the reward rose from {before['reward']:.4g} to {now['reward']:.4g}, but {name}, which nobody "
-                f"optimises, fell from {before[name]:.4g} to {now[name]:.4g}"
+                f"optimises, {'fell' if change < 0 else 'rose'} from {before[name]:.4g} to {now[name]:.4g}"
             )
     return said
 

@@ -119,7 +119,9 @@ class GRPOConfig(Config):
         default=("flicker", "sharpness"), description="rewards that are never optimised, measured at evaluations"
     )
     watch_tolerance: float = Field(
-        default=0.1, gt=0, description="share by which a watched one may fall while the reward rises"
+        default=0.1,
+        gt=0,
+        description="share by which a watched one may fall, or sharpness also rise, while the reward rises",
     )
     watch_stop: bool = Field(
         default=False, description="stop when one falls further, or the reward itself; not only warn"
