@@ -41,6 +41,20 @@ def test_the_cast_is_hif8s_rounding(scale_max: float) -> None:
     assert (cast - rounded).abs().max() <= near_zero / 4
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale_max", [2.0**-8, 1.0, 15.0, 27.0, 224.0, 384.0])
+def test_the_table_is_the_arithmetic(device: str, scale_max: float) -> None:
+    patterns = torch.randint(-(2**31), 2**31, (300_000,), generator=torch.Generator().manual_seed(1))
+    x = patterns.to(torch.int32).view(torch.float32) * 1
+    limit = fp8.E4M3_MAX / fp8.headroom(scale_max)
+    near = torch.nextafter(torch.tensor([limit, limit]), torch.tensor([0.0, math.inf]))
+    x = torch.cat([x, torch.linspace(-2 * limit, 2 * limit, 100_001), near]).to(device)
+    expected = fp8._scaled_to_e4m3(x, scale_max)
+    got = fp8.to_e4m3(x, ONE.to(device), scale_max)
+    assert got.isnan().equal(x.isnan())
+    assert got[~x.isnan()].view(torch.uint8).equal(expected[~x.isnan()].view(torch.uint8))
+
+
 def test_what_is_larger_saturates_and_nan_stays() -> None:
     x = torch.tensor([28.0, 29.0, 1e6, -1e6, math.inf, math.nan])
     cast = fp8.to_e4m3(x, ONE, 15.0).float() / 16

@@ -9,6 +9,7 @@ from en_dtypes import hifloat8
 
 from ospnext.ops import hif8
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CODES = torch.arange(256, dtype=torch.uint8)
 ORACLE = torch.from_numpy(np.arange(256, dtype=np.uint8).view(hifloat8).astype(np.float32))
 FINITE = torch.tensor(sorted(value for value in hif8.VALUES if math.isfinite(value)))
@@ -88,6 +89,21 @@ def test_rounding_is_decoding_what_was_encoded(dtype: torch.dtype, rounding: str
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0, equal_nan=True)
     assert not (rounded.signbit() & (rounded == 0)).any()
     assert rounded.isnan().equal(x.isnan())
+
+
+@pytest.mark.parametrize("overflow", ["infinity", "saturate"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_the_tables_are_the_arithmetic(device: str, overflow: str) -> None:
+    patterns = torch.randint(-(2**31), 2**31, (300_000,), generator=torch.Generator().manual_seed(1))
+    silent = torch.tensor([0x7F800001, 0xFF800001 - 2**32, 0x7F80FFFF])  # NaN by their lower halves alone
+    x = torch.cat([patterns, silent]).to(torch.int32).view(torch.float32)
+    x = torch.cat([x, edges(), every(torch.bfloat16).float()]).to(device)
+    assert hif8.has_table(x)
+    rounded = hif8._round(x, "half_away", overflow)
+    torch.testing.assert_close(hif8.round(x, overflow=overflow), rounded, rtol=0, atol=0, equal_nan=True)
+    assert hif8.encode(x, overflow=overflow).equal(hif8._encode(x, "half_away", overflow))
+    assert not hif8.has_table(x.to("meta"))
+    assert hif8.round(x.to("meta")).is_meta
 
 
 def test_saturation_changes_only_the_infinite() -> None:

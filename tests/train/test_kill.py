@@ -42,11 +42,17 @@ def start(vae: Path, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def in_one_thread(arguments: list[str]) -> None:
+    """The command; sums depend on how many threads there are."""
+    torch.set_num_threads(1)
+    main(arguments)
+
+
 def start_at_once(vae: Path, folder: Path) -> BaseProcess:
     """The same in a process that has everything imported already: as real to kill, and started in no time."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["ospnext.train.sft", "ospnext.evaluate.shapes"])
-    process = context.Process(target=main, args=(words(vae, folder),))
+    process = context.Process(target=in_one_thread, args=(words(vae, folder),))
     process.start()
     return process
 

@@ -16,6 +16,7 @@ These are the plain forms; they run wherever ``torch._scaled_mm`` does, a CPU in
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,9 +91,23 @@ def to_e4m3(x: torch.Tensor, scale: torch.Tensor, scale_max: float) -> torch.Ten
         scale: float32, to be broadcast against x.
         scale_max: what the largest number is scaled to.
     """
+    scaled = x.float() * scale
+    if hif8.has_table(scaled):
+        return hif8.look_up(_e4m3_table(scale_max, x.device), scaled.contiguous()).view(E4M3)
+    return _scaled_to_e4m3(scaled, scale_max)
+
+
+def _scaled_to_e4m3(scaled: torch.Tensor, scale_max: float) -> torch.Tensor:
     factor = headroom(scale_max)
     limit = E4M3_MAX / factor
-    return (hif8.round((x.float() * scale).clamp(-limit, limit)) * factor).to(E4M3)
+    return (hif8.round(scaled.clamp(-limit, limit)) * factor).to(E4M3)
+
+
+@cache
+def _e4m3_table(scale_max: float, device: torch.device) -> torch.Tensor:
+    """The bytes of E4M3, for ``hif8.look_up``: limits, too, are known by the upper half."""
+    with torch.inference_mode(False):
+        return _scaled_to_e4m3(hif8.upper_halves(), scale_max).view(torch.uint8).to(device)
 
 
 def codes_to_e4m3(codes: torch.Tensor, scale_max: float) -> torch.Tensor:

@@ -15,8 +15,13 @@ dot field  exponent bits  exponent E     mantissa     code of 2^E, sign 0
 
 0x00 is zero (there is no other), 0x80 is NaN, 0x6F and 0xEF are infinite; the largest finite number is 32768. Precision
 is highest near one, so tensors are scaled before they are rounded. Source: arXiv 2409.16626, sections 2 and 3.
+
+Rounding halves away from zero asks for no more than the first four bits of a mantissa, so that the upper half of a
+float32's bits says all: there are 65,536 of them, and a table has their results. A compiler gets the arithmetic that
+the table was made by, which it fuses with what is around.
 """
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -59,6 +64,33 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     return torch.tensor(VALUES, device=codes.device)[codes.int()]
 
 
+def upper_halves() -> torch.Tensor:
+    """Float32 numbers by the upper half of their bits, the lower half zero: ``[65536]``, on the CPU."""
+    return (torch.arange(65536, dtype=torch.int32, device="cpu") << 16).view(torch.float32)
+
+
+def look_up(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a table has for the upper halves of float32 numbers, in their shape.
+
+    Args:
+        table: ``[65536]``, in the order of ``upper_halves``, where x is.
+        x: float32, contiguous, the result of arithmetic: a NaN as stored may have its marks in the lower half.
+    """
+    return table.index_select(0, ((x.view(torch.int32) >> 16) & 0xFFFF).flatten()).view(x.shape)
+
+
+def has_table(x: torch.Tensor) -> bool:
+    """Whether a table serves x: what is traced, or stands for another tensor, takes the arithmetic."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+
+
+@cache
+def _table(what: Literal["number", "code"], overflow: Overflow, device: torch.device) -> torch.Tensor:
+    make = _round if what == "number" else _encode
+    with torch.inference_mode(False):  # it outlives the one who asks first
+        return make(upper_halves(), "half_away", overflow).to(device)
+
+
 def encode(x: torch.Tensor, rounding: Rounding = "half_away", overflow: Overflow = "infinity") -> torch.Tensor:
     """The uint8 codes of numbers, in their shape.
 
@@ -67,6 +99,12 @@ def encode(x: torch.Tensor, rounding: Rounding = "half_away", overflow: Overflow
         rounding, overflow: as in ``round``.
     """
     x = x.detach()
+    if rounding == "half_away" and has_table(x):
+        return look_up(_table("code", overflow, x.device), _to_float32(x) * 1)
+    return _encode(x, rounding, overflow)
+
+
+def _encode(x: torch.Tensor, rounding: Rounding, overflow: Overflow) -> torch.Tensor:
     bits = _rounded_bits(x, rounding, overflow)
     exponent = (bits >> 23) - 127
     size = exponent.abs()
@@ -97,6 +135,12 @@ def round(x: torch.Tensor, rounding: Rounding = "half_away", overflow: Overflow 
     NaN stays NaN. Below 2^-22 there is that number or zero: the nearest, in both ways of rounding.
     """
     x = x.detach()
+    if rounding == "half_away" and has_table(x):
+        return look_up(_table("number", overflow, x.device), _to_float32(x) * 1).to(x.dtype)
+    return _round(x, rounding, overflow)
+
+
+def _round(x: torch.Tensor, rounding: Rounding, overflow: Overflow) -> torch.Tensor:
     bits = _rounded_bits(x, rounding, overflow)
     value = bits.view(torch.float32)
     value = torch.where((x < 0) & (bits > 0), -value, value)  # there is no negative zero
