@@ -14,6 +14,7 @@ from ospnext.flow.sde import (
     Recorder,
     SecondOrder,
     divergence,
+    excess_noise,
     gaussian,
     log_prob,
     rollout_levels,
@@ -118,6 +119,21 @@ def test_cps_has_the_right_noise_in_a_single_step():
     x_next = step.mean + step.std * new
     assert x_next.mean().item() == pytest.approx(0.6 * data, abs=0.01)
     assert x_next.std().item() == pytest.approx(0.4, rel=0.02)
+
+
+@pytest.mark.parametrize(("noise", "level"), [("flow", 0.7), ("flow", 1.4), ("dance", 1.0), ("osp", 2.0), ("cps", 0.9)])
+def test_the_noise_that_steps_leave_is_what_is_measured(noise, level):
+    """Of a point at zero the true velocity is the noise itself: all that a step leaves is noise."""
+    levels = rollout_levels(10, 3.0, 0, 9)
+    old, new = torch.randn(2, 20000, 1, generator=torch.Generator().manual_seed(3))
+    for i, excess in enumerate(excess_noise(levels, noise, level)):
+        s, after = levels.sigmas[i], levels.sigmas[i + 1]
+        step = gaussian(s * old, old, s, after, levels.sigmas[1], noise, level)
+        assert (step.mean + step.std * new).std().item() / float(after) == pytest.approx(excess, rel=0.02)
+    if noise == "cps":
+        assert max(excess_noise(levels, noise, level)) == pytest.approx(1.0)
+    many = excess_noise(rollout_levels(1000, 3.0, 10, 500), noise, level)  # Flow-GRPO's first are long however many
+    assert max(many) < 1.05
 
 
 def test_divergence_is_torchs_and_the_other_convention_lacks_dt():

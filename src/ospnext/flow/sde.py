@@ -83,6 +83,20 @@ def gaussian(
     return Gaussian(mean, spread * (-delta).sqrt())
 
 
+def excess_noise(levels: Levels, noise: Noise, level: float) -> list[float]:
+    """How many times the noise that its level has each random step leaves: 1 after steps of the ODE and of CPS.
+
+    Of x = (1 - σ) x̂_0 + σ x̂_1 a step of the SDE keeps (σ' - s² |Δ| / (2σ)) x̂_1 and adds s √|Δ| ε, which is σ' in all
+    only where steps are short.
+    """
+    found = []
+    for i in range(levels.first, levels.first + levels.random):
+        sigma, after = levels.sigmas[i], levels.sigmas[i + 1]
+        step = gaussian(sigma.reshape(1, 1), torch.ones(1, 1), sigma, after, levels.sigmas[1], noise, level)
+        found.append(float(torch.hypot(step.mean, step.std) / after))
+    return found
+
+
 def _spread(sigma: Tensor, top: Tensor, noise: Noise, level: float) -> Tensor:
     """s(σ)."""
     if noise == "flow":

@@ -30,7 +30,7 @@ from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.rewards.simple import Brightness
 from ospnext.train import pictures
 from ospnext.train.rl.held_out import suspicions
-from ospnext.train.rl.parts import settle
+from ospnext.train.rl.parts import as_generate, settle
 from ospnext.train.rl.progress import SPAN, Progress
 from ospnext.train.rl.rollout import Roller, Worth
 from ospnext.train.rl.run import advantages_of
@@ -47,6 +47,19 @@ def folder(tmp_path_factory) -> Path:
 
 def train(folder: Path, out: Path, **settings: object) -> int:
     return main(["rl", *words_of(folder, out, **settings)])
+
+
+def test_noise_that_is_too_much_for_the_steps_is_said(folder, tmp_path):
+    def notices(**settings: object) -> list[str]:
+        config = config_of(folder, tmp_path, rl_config__num_inference_steps=10, rl_config__noise="flow", **settings)
+        return [line for line in as_generate(config)[1] if "too much" in line]
+
+    assert notices() == []
+    (line,) = notices(rl_config__noise_level=1.4)
+    assert "noise_level 1.4 of flow is too much for steps as long as those of num_inference_steps 10" in line
+    assert "2.06 times the noise" in line  # of the last random step
+    (line,) = notices(rl_config__noise_level=1.4, rl_config__sde_steps=4)
+    assert "1.62 times the noise" in line  # of the window's
 
 
 def test_a_run_leaves_what_it_should(folder, tmp_path, capsys):

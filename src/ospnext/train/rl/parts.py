@@ -18,6 +18,7 @@ from ospnext.checkpoints.lora import NewAdapter, WithAdapter, asked_for, leave_c
 from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
 from ospnext.device import resolve_device
+from ospnext.flow.sde import excess_noise, rollout_levels
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler, sampler_name, sampler_shift
 from ospnext.generate.settings import GenerateConfig, SamplerConfig
@@ -34,6 +35,7 @@ from ospnext.train.rl.prompts import Prompt, read_prompts, share_of
 from ospnext.train.rl.settings import GRPOConfig, RLConfig
 
 SHIFT = 7.0  # OSP-Next's own recipe for generating
+NOISE_CEILING = 1.25  # times the noise of its level that a random step may leave before it is said
 
 
 class Job(NamedTuple):
@@ -131,6 +133,14 @@ def as_generate(config: RLConfig) -> tuple[GenerateConfig, list[str]]:
         notices.append(
             f"scheduler_config.shift is {shift:g}, but the model is deployed with {sampler_shift(own):g}: generate "
             f"with scheduler_config.shift={shift:g}, too"
+        )
+    reach = c.random_steps if c.window == "leading" else c.num_inference_steps
+    excess = max(excess_noise(rollout_levels(c.num_inference_steps, shift, 0, reach), c.noise, c.level))
+    if excess > NOISE_CEILING:
+        notices.append(
+            f"noise_level {c.level:g} of {c.noise} is too much for steps as long as those of num_inference_steps "
+            f"{c.num_inference_steps}: one leaves {excess:.2f} times the noise that its level has, which forgets what "
+            "was decided before it and stays as grain; lower it, take more steps, or noise cps"
         )
     if own is not None and sampler_name(own) != "euler":
         notices.append(f"the model is deployed with {sampler_name(own)}: rollouts and evaluation take Euler's steps")
