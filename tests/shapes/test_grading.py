@@ -68,6 +68,16 @@ def test_memory_is_given_back_when_a_grader_fails(clips, monkeypatch):
     assert shared() == before
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+def test_other_numbers_than_bytes_are_refused(clips, kind):
+    before = shared()
+    with Graders(2) as graders:
+        with pytest.raises(ValueError, match=r"must be uint8, not (torch\.)?float32"):
+            graders.begin([kind(clips[0][0].astype(np.float32))], clips[1][:1])
+        assert graders([clips[0][3]], [clips[1][3]]) == [grade(clips[0][3], clips[1][3])]
+    assert shared() == before
+
+
 def test_little_room_is_not_used(clips, monkeypatch):
     monkeypatch.setattr(grading.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert grading._Shared.of(600) is None or not SHARED.is_dir()

@@ -136,7 +136,13 @@ class _Shared:
             return None
 
     def put(self, place: int, video: Video) -> None:
-        """Copy a video here, from wherever it is."""
+        """Copy a video here, from wherever it is.
+
+        Raises:
+            ValueError: it is not uint8.
+        """
+        if video.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(f"a video to grade must be uint8, not {video.dtype}")
         there = np.ndarray(tuple(video.shape), np.uint8, self._block.buf, place)
         if isinstance(video, Tensor):
             torch.from_numpy(there).copy_(video)
@@ -200,14 +206,14 @@ def grade_all(videos: Sequence[Video], scenes: Sequence[Scene]) -> list[Grade]:
 def _prepared() -> None:
     """A process that grades."""
     one_thread()
-    keep_memory()
+    _keep_memory()
 
 
-def keep_memory() -> None:
+def _keep_memory() -> None:
     """Let this process keep up to 256 MiB of what it has freed, where the C library is glibc.
 
     A video takes dozens of arrays of some MiB. By default each comes fresh from the system, page by page, and goes
-    back: half of the time that grading takes.
+    back: a quarter of the time that grading takes.
     """
     try:
         mallopt = CDLL(None).mallopt
