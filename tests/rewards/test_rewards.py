@@ -182,3 +182,37 @@ def test_the_grader_rewards_what_was_asked():
     assert grey.total.tolist() == [0, 0, 0]
     lost = rewards(videos, prompts, [{}] * 3)
     assert lost.total.isnan().all()
+
+
+def test_a_soft_mark_of_the_shape_tells_videos_apart_that_are_right_and_wrong_alike():
+    rng = np.random.default_rng(1)
+    scenes = [sample_scene(rng, World.large(), held_out=False) for _ in range(3)]
+    metadata = [{"scene": s.to_dict()} for s in scenes]
+    videos = render(scenes, 33, 128, 128).permute(0, 1, 4, 2, 3).float() / 255
+    blurred = torch.nn.functional.avg_pool2d(videos.flatten(0, 1), 9, 1, 4, count_include_pad=False).view_as(videos)
+    hard, soft = (
+        RewardSet({"shapes": 1.0}, {"shapes": {"workers": 1, **options}})
+        for options in ({}, {"shape_softness": 0.05, "all_right": 0.5})
+    )
+    sharp, dull = (soft(clips, [""] * 3, metadata) for clips in (videos, blurred))
+    assert (dull.total < sharp.total).all()
+    assert sharp.total.max() < 1
+    for videos_, scored in ((videos, sharp), (blurred, dull)):
+        plain = hard(videos_, [""] * 3, metadata).each
+        others = plain["shapes.count"] + plain["shapes.colour"] + plain["shapes.motion"]
+        shape = torch.sigmoid(scored.each["shapes.shape_margin"] / 0.05)
+        assert torch.equal((shape > 0.5).double(), plain["shapes.shape"].double())
+        share, everything = (others + shape) / 4, (others == 3) * shape
+        torch.testing.assert_close(scored.total.double(), (0.5 * share + 0.5 * everything).double())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"all_right": 1.5}, r"all_right is 1.5: it is a share"),
+        ({"shape_softness": 0}, r"shape_softness is 0: .* 0\.1"),
+    ],
+)
+def test_numbers_of_the_grader_that_will_not_do_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        check_reward("shapes", options)

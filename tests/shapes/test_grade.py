@@ -134,6 +134,33 @@ def test_garbage_is_graded_wrong() -> None:
     assert read(noise).things == ()
 
 
+@pytest.mark.parametrize("shape", ["star", "triangle", "square"])
+def test_the_margin_of_a_shape_falls_as_it_blurs_and_says_whether_it_is_right(shape: str) -> None:
+    scene = replace(STAR, things=(replace(STAR.things[0], shape=shape),))
+    clip = video(scene)
+    grades = [grade(one, scene) for one in (clip, *(spoilt(clip, blur, 0.0) for blur in (2.0, 3.0, 4.0, 5.0)))]
+    margins = [mark.shape_margin for mark in grades]
+    assert margins[0] > 0.05
+    assert margins[0] > margins[-1]
+    for other in ("circle", "triangle", "star", "cross"):
+        grades.append(grade(clip, replace(STAR, things=(replace(STAR.things[0], shape=other),))))
+    assert {mark.shape for mark in grades} == {True, False}
+    assert [mark.shape for mark in grades] == [mark.shape_margin > 0 for mark in grades]
+
+
+def test_the_margin_is_that_of_the_worst_thing() -> None:
+    two = (replace(STAR.things[0], x=38, motion="still"), Thing("square", "blue", "large", "still", 94, 64, 19, 0))
+    clip = video(replace(STAR, things=two))
+
+    def margin(*things: Thing) -> float:
+        return grade(clip, replace(STAR, things=things)).shape_margin
+
+    both = margin(*two)
+    assert both == min(margin(two[0]), margin(two[1])) > 0
+    assert margin(two[0], replace(two[1], shape="cross")) < 0
+    assert margin(*two, replace(two[0], x=64)) == -1
+
+
 @pytest.mark.parametrize("stretch", [1.7, 2.2])
 def test_blobs_have_no_shape(stretch: float) -> None:
     y, x = np.mgrid[:128, :128] - 63.5

@@ -6,7 +6,6 @@ the grader of ``ospnext.shapes`` reads its videos. Figures come with 95% Wilson 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,12 +31,10 @@ from ospnext.quant.apply import describe, is_quantised
 from ospnext.quant.block import prepare
 from ospnext.sections import AttentionKernel, DType
 from ospnext.shapes.captions import caption
-from ospnext.shapes.grade import Grade
+from ospnext.shapes.grade import ATTRIBUTES, Grade
 from ospnext.shapes.grading import grade_all
 from ospnext.shapes.share import Share, share
 from ospnext.shapes.world import Scene, World, sample_scene
-
-ATTRIBUTES = ("count", "shape", "colour", "motion", "relation", "pan")
 
 
 class EvaluateShapesConfig(Config):
@@ -156,9 +153,7 @@ def generate_some(
 
 def summarise(grades: Sequence[Grade], scenes: Sequence[Scene]) -> dict[str, Share]:
     """Shares by attribute, and of videos in which everything is right, over all and by count where counts differ."""
-    result = {
-        name: share(mark for grade in grades if (mark := getattr(grade, name)) is not None) for name in ATTRIBUTES
-    }
+    result = {name: share(mark for grade in grades if (mark := grade.marks[name]) is not None) for name in ATTRIBUTES}
     result["everything"] = share(grade.all_right for grade in grades)
     counts = sorted({len(scene.things) for scene in scenes})
     for count in counts if len(counts) > 1 else ():
@@ -187,7 +182,7 @@ def write(
     record: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "result": {name: s._asdict() for name, s in result.items()},
-        "prompts": [{"prompt": p, "grade": asdict(g)} for p, g in zip(prompts, grades, strict=True)],
+        "prompts": [{"prompt": p, "grade": g.marks} for p, g in zip(prompts, grades, strict=True)],
     }
     for i, video in enumerate(videos[: config.keep_videos]):
         write_video(folder / f"video_{i}.mp4", video)

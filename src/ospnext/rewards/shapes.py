@@ -2,10 +2,11 @@
 
 A prompt's metadata hold its ``scene`` (``Scene.to_dict``). The score is the mean of two: the share of what was asked
 (number, shape, colour, motion, ...) that is right, which tells half-right videos of a group apart, and whether all is.
+With ``shape_softness`` the mark of the shape is a number: it rises before the shape is right, and goes on after.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ospnext.shapes.grade import Grade
 from ospnext.shapes.grading import Graders
 from ospnext.shapes.scene import Scene
 
+_NAMED = ("count", "shape", "colour", "motion")  # every prompt asks for these
+
 
 class Shapes:
     """The grader, in processes of its own.
@@ -24,15 +27,42 @@ class Shapes:
         device: not used: it works on the CPU.
         workers: processes; None for as many as there are cores.
         all_right: how much of the score is for videos in which everything is right.
+        shape_softness: in ``score`` the mark of the shape is 1 / (1 + exp(-margin / softness)), where the margin is
+            ``Grade.shape_margin``, in IoU; None leaves it at right or wrong.
+
+    Raises:
+        ValueError: ``all_right`` or ``shape_softness`` is out of range.
     """
 
     needs = ("scene",)
 
-    def __init__(self, device: torch.device | str = "cpu", workers: int | None = None, all_right: float = 0.5) -> None:
-        self.graders, self.all_right = Graders(workers), all_right
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+        all_right: float = 0.5,
+        shape_softness: float | None = None,
+    ) -> None:
+        self.check(workers, all_right, shape_softness)
+        self.graders, self.all_right, self.softness = Graders(workers), all_right, shape_softness
+
+    @staticmethod
+    def check(workers: int | None = None, all_right: float = 0.5, shape_softness: float | None = None) -> None:
+        """Refuse what will not do.
+
+        Raises:
+            ValueError: ``all_right`` or ``shape_softness`` is out of range.
+        """
+        if not 0 <= all_right <= 1:
+            raise ValueError(f"reward_config.options.shapes.all_right is {all_right}: it is a share, 0 to 1")
+        if shape_softness is not None and not 0 < shape_softness < math.inf:
+            raise ValueError(
+                f"reward_config.options.shapes.shape_softness is {shape_softness}: it is an overlap above 0, such as "
+                "0.1; leave it out for right or wrong"
+            )
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Any]:
-        """``score``, ``everything`` and each attribute's mark, ``[B]`` in 0..1.
+        """``score``, ``everything``, each attribute's mark and ``shape_margin``, ``[B]``; all but the last in 0..1.
 
         Raises:
             ValueError: a prompt's metadata hold no scene.
@@ -42,23 +72,17 @@ class Shapes:
         scenes = [Scene.from_dict(one["scene"]) for one in metadata]
         frames = (videos.float() * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
         grades = self.graders(list(frames), scenes)
-        parts: dict[str, list[float]] = {
-            name: [_mark(grade, name) for grade in grades] for name in ("count", "shape", "colour", "motion")
-        }
+        parts: dict[str, list[float]] = {name: [float(bool(grade.marks[name])) for grade in grades] for name in _NAMED}
         everything = [float(grade.all_right) for grade in grades]
-        score = [(1 - self.all_right) * _share(g) + self.all_right * float(g.all_right) for g in grades]
-        return {"score": score, "everything": everything, **parts}
+        margins = [grade.shape_margin for grade in grades]
+        return {"score": list(map(self._score, grades)), "everything": everything, **parts, "shape_margin": margins}
+
+    def _score(self, grade: Grade) -> float:
+        marks = {name: float(mark) for name, mark in grade.marks.items() if mark is not None}
+        if self.softness is not None:
+            marks["shape"] = 1 / (1 + math.exp(-grade.shape_margin / self.softness))
+        return (1 - self.all_right) * sum(marks.values()) / len(marks) + self.all_right * math.prod(marks.values())
 
     def close(self) -> None:
         """End the processes."""
         self.graders.close()
-
-
-def _mark(grade: Grade, name: str) -> float:
-    return float(bool(getattr(grade, name)))
-
-
-def _share(grade: Grade) -> float:
-    """The share of what was asked that is right."""
-    marks = [mark for mark in asdict(grade).values() if mark is not None]
-    return sum(marks) / len(marks)

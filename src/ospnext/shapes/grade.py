@@ -4,7 +4,8 @@ Nothing is guessed: a thing whose outline, colour or path fits no word of the wo
 garbage is graded wrong.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise, permutations, product
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from ospnext.shapes.render import signed_distance
 from ospnext.shapes.scene import COLOURS, RADII, REACH, Scene
 from ospnext.shapes.segment import PATCH, PATCH_REACH, Track, segment
 
+ATTRIBUTES = ("count", "shape", "colour", "motion", "relation", "pan")  # that a prompt may ask for
 SHAPE_FLOOR = 0.75  # least overlap (IoU) with a shape's outline, reached in three quarters of the frames
 ROUND_FLOOR = 0.85  # the same for circles and squares, which any blob comes near
 COLOUR_CEILING = 55.0  # greatest distance to a colour, in weighted opponent RGB
@@ -37,7 +39,7 @@ class Seen:
     size: str
     x: float
     y: float
-    overlap: float
+    fits: Mapping[str, float]  # how well the outline of every shape lies on it: the lower quartile of IoU over frames
     track: np.ndarray  # [frames it was seen in, 2], pixels of a clip whose shorter side is 128
 
 
@@ -60,7 +62,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Grade:
-    """Whether each asked attribute is right; None where the scene does not ask for it."""
+    """Whether each asked attribute is right; None where the scene does not ask for it.
+
+    ``shape_margin`` says how sure the mark of the shape is: by how much, in IoU, the outline asked for fits better than
+    it must and than any other; above 0 it is right. The least over all things, -1 where one is missing.
+    """
 
     count: bool
     shape: bool
@@ -68,13 +74,17 @@ class Grade:
     motion: bool
     relation: bool | None = None
     pan: bool | None = None
+    shape_margin: float = field(default=-1.0, kw_only=True, compare=False)
+
+    @property
+    def marks(self) -> dict[str, bool | None]:
+        """Every attribute's mark."""
+        return {name: getattr(self, name) for name in ATTRIBUTES}
 
     @property
     def all_right(self) -> bool:
         """Whether everything that was asked for is right."""
-        return all(
-            mark is not False for mark in (self.count, self.shape, self.colour, self.motion, self.relation, self.pan)
-        )
+        return all(mark is not False for mark in self.marks.values())
 
 
 def read(frames: np.ndarray | Tensor) -> Reading:
@@ -100,8 +110,12 @@ def grade(frames: np.ndarray | Tensor, scene: Scene) -> Grade:
     reading = read(frames)
     asked = scene.things
     places: list[int | None] = [*range(len(reading.things)), *[None] * max(0, len(asked) - len(reading.things))]
-    marked = [(_marks(reading, scene, order), order) for order in set(permutations(places, len(asked)))]
-    marks = max((marks for marks, _ in marked), key=lambda marks: sum(map(bool, marks)), default=(False,) * 4)
+    orders = set(permutations(places, len(asked)))
+    marks, margin = max(
+        ((_marks(reading, scene, order), _margin(reading, scene, order)) for order in orders),
+        key=lambda found: (sum(map(bool, found[0])), found[1]),
+        default=((False,) * 4, -1.0),
+    )
     shape, colour, motion, relation = marks
     return Grade(
         count=reading.count == len(asked) == len(reading.things),
@@ -110,6 +124,7 @@ def grade(frames: np.ndarray | Tensor, scene: Scene) -> Grade:
         motion=motion,
         relation=relation if scene.relation else None,
         pan=reading.pan == scene.pan if scene.pan else None,
+        shape_margin=margin,
     )
 
 
@@ -130,8 +145,28 @@ def _marks(reading: Reading, scene: Scene, order: tuple[int | None, ...]) -> tup
     return shape, colour, motion, relation
 
 
+def _margin(reading: Reading, scene: Scene, order: tuple[int | None, ...]) -> float:
+    """By how much the worst of these things has the shape asked for."""
+    return min(
+        -1.0 if place is None else shape_margin(reading.things[place].fits, thing.shape)
+        for place, thing in zip(order, scene.things, strict=True)
+    )
+
+
+def shape_margin(fits: Mapping[str, float], shape: str) -> float:
+    """By how much an outline fits better than it must and than any other, in IoU; above 0 the thing is called so."""
+    other = max(fit for name, fit in fits.items() if name != shape)
+    return fits[shape] - max(other, _floor(shape))
+
+
+def _floor(shape: str) -> float:
+    return ROUND_FLOOR if shape in ("circle", "square") else SHAPE_FLOOR
+
+
 def _see(track: Track, pan: np.ndarray) -> Seen:
-    shape, overlap = _shape(track.patches)
+    fits = _fits(track.patches)
+    best = max(fits, key=lambda name: fits[name])
+    shape = best if fits[best] >= _floor(best) else ""
     path = np.stack([track.x, track.y], 1) + (track.times[:, None] - 0.5) * pan
     growth = _growth(np.sqrt(track.area), track.times)
     x, y = path.mean(0)
@@ -142,22 +177,20 @@ def _see(track: Track, pan: np.ndarray) -> Seen:
         size=_size(float(np.median(track.area[:3])), shape),
         x=float(x),
         y=float(y),
-        overlap=overlap,
+        fits=fits,
         track=path,
     )
 
 
-def _shape(patches: np.ndarray) -> tuple[str, float]:
-    """The shape whose outline fits best, empty below the floor, and how well: the lower quartile of IoU over frames."""
+def _fits(patches: np.ndarray) -> dict[str, float]:
+    """How well each shape's outline fits, at its best angle and thickness: the lower quartile of IoU over frames."""
     bank, sizes, owner = _bank()
     flat = patches[:: max(1, len(patches) // 16)].reshape(-1, PATCH * PATCH).astype(np.float32)
     common = flat @ bank
     overlap = common / (flat.sum(1)[:, None] + sizes - common)
     names = list(REACH)
     fits = np.quantile([overlap[:, owner == i].max(1) for i in range(len(names))], 0.25, axis=1)
-    best = int(fits.argmax())
-    floor = ROUND_FLOOR if names[best] in ("circle", "square") else SHAPE_FLOOR
-    return (names[best] if fits[best] >= floor else ""), float(fits[best])
+    return dict(zip(names, fits.tolist(), strict=True))
 
 
 class _Bank(NamedTuple):
