@@ -18,6 +18,7 @@ from ospnext.flow.sde import (
     gaussian,
     log_prob,
     rollout_levels,
+    step_noises,
 )
 
 NOISES = list(NOISE_LEVELS)
@@ -134,6 +135,17 @@ def test_the_noise_that_steps_leave_is_what_is_measured(noise, level):
         assert max(excess_noise(levels, noise, level)) == pytest.approx(1.0)
     many = excess_noise(rollout_levels(1000, 3.0, 10, 500), noise, level)  # Flow-GRPO's first are long however many
     assert max(many) < 1.05
+
+
+def test_the_noise_of_steps_is_by_the_formulas():
+    levels = rollout_levels(10, 3.0, 1, 4)
+    sigmas = [3 * k / 10 / (1 + 2 * k / 10) for k in range(10, -1, -1)]
+    roots = [math.sqrt(sigmas[i] - sigmas[i + 1]) for i in range(1, 5)]
+    spreads = [0.7 * math.sqrt(sigma / (1 - sigma)) for sigma in sigmas[1:5]]
+    found = step_noises(levels, "flow", 0.7)
+    assert found == pytest.approx([s * root for s, root in zip(spreads, roots, strict=True)], rel=1e-5)
+    assert step_noises(levels, "dance", 0.3) == pytest.approx([0.3 * root for root in roots], rel=1e-5)
+    assert step_noises(levels, "cps", 0.5) == pytest.approx([s * math.sqrt(0.5) for s in sigmas[2:6]], rel=1e-5)
 
 
 def test_divergence_is_torchs_and_the_other_convention_lacks_dt():

@@ -24,7 +24,7 @@ a is ``noise_level``. Symbols as in ``path``. The last step, to σ' = 0, has no 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,11 +90,21 @@ def excess_noise(levels: Levels, noise: Noise, level: float) -> list[float]:
     only where steps are short.
     """
     found = []
+    for i, step in _unit_steps(levels, noise, level):
+        found.append(float(torch.hypot(step.mean, step.std) / levels.sigmas[i + 1]))
+    return found
+
+
+def step_noises(levels: Levels, noise: Noise, level: float) -> list[float]:
+    """The std of what each random step adds: s √|Δ|, or CPS' own."""
+    return [float(step.std) for _, step in _unit_steps(levels, noise, level)]
+
+
+def _unit_steps(levels: Levels, noise: Noise, level: float) -> Iterator[tuple[int, Gaussian]]:
+    """The random steps, counted from the first of all, from pure noise of each level."""
     for i in range(levels.first, levels.first + levels.random):
         sigma, after = levels.sigmas[i], levels.sigmas[i + 1]
-        step = gaussian(sigma.reshape(1, 1), torch.ones(1, 1), sigma, after, levels.sigmas[1], noise, level)
-        found.append(float(torch.hypot(step.mean, step.std) / after))
-    return found
+        yield i, gaussian(sigma.reshape(1, 1), torch.ones(1, 1), sigma, after, levels.sigmas[1], noise, level)
 
 
 def _spread(sigma: Tensor, top: Tensor, noise: Noise, level: float) -> Tensor:

@@ -24,11 +24,14 @@ from ospnext.checkpoints.lora_files import read_adapter
 from ospnext.cli import main
 from ospnext.config import load_config
 from ospnext.config_keys import key_rules
+from ospnext.flow.sde import rollout_levels, step_noises
 from ospnext.media import read_video
 from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.rewards.simple import Brightness
 from ospnext.train import pictures
+from ospnext.train.loop import take_step
+from ospnext.train.rl import update
 from ospnext.train.rl.held_out import suspicions
 from ospnext.train.rl.parts import as_generate, settle
 from ospnext.train.rl.progress import SPAN, Progress
@@ -157,6 +160,7 @@ def equal_states(one: Path, other: Path) -> None:
 
 def test_in_pieces_it_is_the_run_that_was_never_interrupted(folder, tmp_path, capsys):
     mix = {"rl_config__window": "random", "rl_config__sde_steps": 2, "rl_config__window_interval": 1}
+    mix |= {"lr_schedule": "cosine"}
     assert train(folder, tmp_path / "whole", **mix) == 0
     assert train(folder, tmp_path / "pieces", time_budget_minutes=1e-6, **mix) == 0
     assert "stopped at epoch 0 of 3, step 0: start again to go on" in capsys.readouterr().out
@@ -510,7 +514,12 @@ def also(settings: dict[str, object]) -> object:
         {"rl_config__num_inner_epochs": 2, "rl_config__timestep_fraction": 0.5},
         {"rl_config__noise": "cps", "rl_config__flash": 0.5, "rl_config__sde_steps": 1, "rl_config__same_noise": True},
         also({"rl_config__noise": "dance", "rl_config__per_prompt_stat_tracking": False}),
-        {"rl_config__noise": "flow", "rl_config__global_std": True, "rl_config__reward_mixing": "advantages"},
+        {
+            "rl_config__step_weights": "noise",
+            "rl_config__noise": "flow",
+            "rl_config__global_std": True,
+            "rl_config__reward_mixing": "advantages",
+        },
         also({"model_config__quant": "hif8"}),
         also({"weight_dtype": "bf16", "rl_config__exact_rollouts": True, "rl_config__train_batch_size": 2}),
         {"encoder_cpu_offload": True, "rl_config__train_batch_size": 3, "reward_config__separate": "[brightness]"},
@@ -527,6 +536,37 @@ def test_every_way_starts_at_ratio_one_and_trains(folder, tmp_path, settings):
         assert math.isfinite(line["loss"])
     if "rl_config__kl_beta" in settings:
         assert log[0]["kl"] < log[1]["kl"]
+
+
+def test_the_rate_follows_epochs(folder, tmp_path):
+    given = {"lr_schedule": "cosine", "optimizer_config__lr": 0.02, "rl_config__eval_prompt_file": None}
+    assert train(folder, tmp_path / "run", **given, num_epochs=2) == 0
+    more = {"optimizer_config__resume_override_lr": True, "optimizer_config__resume_lr": 0.04}
+    assert train(folder, tmp_path / "run", **given, **more, num_epochs=4) == 0
+    rates = [line["lr"] for line in lines_of(tmp_path / "run/train_log.jsonl")]
+    assert rates == pytest.approx([0.02, 0.01, 0.02, 0.04 * (1 - math.sqrt(0.5)) / 2], rel=1e-6)
+
+
+def test_random_steps_count_by_their_noise(folder, tmp_path, monkeypatch):
+    """The gradient is the sum of the steps' own, each by its share of the noise."""
+    seen = []
+
+    def look(state, settings, total):
+        seen.append(torch.cat([p.grad.flatten().clone() for p in state.average.live.values()]))
+        take_step(state, settings, total)
+
+    monkeypatch.setattr(update, "take_step", look)
+    given = {"num_epochs": 1, "rl_config__eval_prompt_file": None, "rl_config__num_inference_steps": 8}
+    given |= {"rl_config__sde_steps": 2, "rl_config__noise": "flow"}
+    ways = ({}, {"rl_config__timestep_fraction": 0.5}, {"rl_config__step_weights": "noise"})
+    for i, way in enumerate(ways):
+        assert train(folder, tmp_path / str(i), **given, **way) == 0
+    both, one, weighted = (seen[i * len(seen) // 3] for i in range(3))  # the first update of each
+    first, second = step_noises(rollout_levels(8, 3.0, 0, 2), "flow", 0.7)
+    assert abs(first / second - 1) > 0.02
+    expected = (first * one + second * (2 * both - one)) / (first + second)
+    torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=1e-5 * float(both.abs().max()))
+    assert not torch.allclose(weighted, both, rtol=1e-3)
 
 
 def test_the_divergence_of_a_rollout_is_taken_off_its_reward(folder, tmp_path):

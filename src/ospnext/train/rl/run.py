@@ -38,7 +38,7 @@ from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
-from ospnext.train.optim import MovingAverage, adamw
+from ospnext.train.optim import MovingAverage, adamw, learning_rate
 from ospnext.train.rl.grpo import advantages, best_and_worst, mixed_advantages, most_varied, zero_variance_share
 from ospnext.train.rl.held_out import HeldOut, read_lines, suspicions
 from ospnext.train.rl.parts import Job, arrange, load, make_rewards, settle
@@ -122,6 +122,7 @@ class Training:
         self.progress, self.trackers = Progress(), trackers
         self.state = make_state(config, self.transformer, self.progress)
         self.settings = step_settings(config)
+        self.rate = config.optimizer_config.lr  # the highest of a schedule
         exact = job.plan.dtypes.transformer == torch.float32 and job.plan.eight_bits == "none"
         self.updater = Updater(self.c, policy, self.state, self.settings, launch, exact)
         self.say: Callable[[str], None] = print if launch.first else lambda text: None
@@ -190,10 +191,13 @@ class Training:
             return
         optimiser = config.optimizer_config
         if optimiser.resume_override_lr and optimiser.resume_lr is not None:
-            set_rate(self.state, optimiser.resume_lr)
+            self.rate = optimiser.resume_lr
+            set_rate(self.state, self.rate)
 
     def epoch(self, log: Log, check: Callable[[], None]) -> str:
         """Roll out and train once; returns the bar's description."""
+        if (schedule := self.config.lr_schedule) != "constant":  # which a state keeps by itself
+            set_rate(self.state, learning_rate(self.progress.epoch, self.rate, schedule, 0, self.config.num_epochs))
         rollouts, worth = self.roller.roll(self.progress.epoch, check)
         forget_gathered(self.transformer)
         start = time.perf_counter()

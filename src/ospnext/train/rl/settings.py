@@ -97,6 +97,11 @@ class GRPOConfig(Config):
         "most; default: all",
     )
     timestep_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the random steps to train on")
+    step_weights: Literal["equal", "noise"] = Field(
+        default="equal",
+        description="of random steps in the loss; noise: by the noise that they add, as TempFlow-GRPO, since gradients "
+        "grow as it falls and rewards depend on it less",
+    )
     clip_range: float = Field(default=5e-3, gt=0, description="how far the probability ratio counts")
     adv_clip_max: float = Field(default=5.0, gt=0, description="largest advantage")
     per_prompt_stat_tracking: bool = Field(default=True, description="compare within a prompt's group; false: with all")
@@ -150,6 +155,10 @@ class GRPOConfig(Config):
     def random_steps(self) -> int:
         """Random steps of a rollout."""
         return min(self.sde_steps or self.num_inference_steps, self.num_inference_steps - 1)
+
+    def trained_steps(self, random: int) -> int:
+        """How many of ``random`` random steps are trained on."""
+        return max(1, int(random * self.timestep_fraction))
 
     @property
     def level(self) -> float:
@@ -207,6 +216,9 @@ class RLConfig(RunConfig):
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="training batches of one optimiser step")
     init_max_grad_norm: float = Field(
         default=1.0, gt=0, description="largest norm gradients are scaled down to at first; then it follows the run"
+    )
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="learning rate by epoch; cosine: down to zero at the end of num_epochs"
     )
     save_interval: int = Field(default=100, ge=1, description="epochs between lora-checkpoint folders")
     state_interval: int = Field(default=1, ge=1, description="epochs between states to resume from")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ospnext.flow.sde import divergence, log_prob
+from ospnext.flow.sde import divergence, log_prob, step_noises
 from ospnext.parallel.fsdp import synchronise_gradients
 from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
 from ospnext.train.log import Log
@@ -79,8 +79,7 @@ class Updater:
             RatioError: on all processes, before anything has changed.
         """
         c = self.config
-        random = rollouts.levels.random
-        steps = range(max(1, int(random * c.timestep_fraction)))
+        steps = range(c.trained_steps(rollouts.levels.random))
         parts = [list(places[i : i + c.train_batch_size]) for i in range(0, len(places), c.train_batch_size)]
         together = self.settings.accumulation_steps
         first = True
@@ -150,7 +149,7 @@ class Updater:
             old = new.detach()
             self._anchors.append((step, part, old))
         clipped = clipped_loss(new, old, advantages[part].to(device), c.clip_range)
-        loss = clipped.loss.mean()
+        loss = clipped.loss.mean() * self._weight(rollouts, step)
         losses = {"policy_loss": loss.detach(), "kl": loss.new_zeros(())}
         if c.kl_beta:
             kl = divergence(now.step, base.step, now.sigma, now.sigma_next, c.kl_convention).mean()
@@ -163,6 +162,19 @@ class Updater:
             "clip_fraction": clipped.clipped.float().mean(),
             "deviation": deviation,
         }
+
+    def _weight(self, rollouts: Rollouts, step: int) -> float:
+        """Of a random step in the loss; 1 on the average of those that are trained on.
+
+        The gradient of a log-probability is ε/std times that of the mean, so that of all steps the last ones, whose
+        noise is least, have the largest gradients, while what they decide is least. TempFlow-GRPO (He et al., 2025,
+        arXiv 2508.04324) weighs steps by std.
+        """
+        if self.config.step_weights == "equal":
+            return 1.0
+        noises = step_noises(rollouts.levels, self.config.noise, self.config.level)
+        noises = noises[: self.config.trained_steps(rollouts.levels.random)]
+        return noises[step] * len(noises) / sum(noises)
 
     def _check_ratio(self, rollouts: Rollouts, parts: Sequence[list[int]], steps: range, deviation: float) -> None:
         """Hold the ratio to 1 on all processes; ``deviation`` is this one's greatest distance."""
