@@ -209,8 +209,13 @@ def test_a_soft_mark_of_the_shape_tells_videos_apart_that_are_right_and_wrong_al
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"all_right": 1.5}, r"all_right is 1.5: it is a share"),
-        ({"shape_softness": 0}, r"shape_softness is 0: .* 0\.1"),
+        ({"all_right": 1.5}, r"all_right is 1.5: it must be a share"),
+        ({"all_right": "half"}, r"all_right is 'half': it must be a share"),
+        ({"shape_softness": 0}, r"shape_softness is 0: it must be an overlap above 0, such as 0\.05"),
+        ({"shape_softness": math.nan}, r"shape_softness is nan"),
+        ({"shape_softness": "soft"}, r"shape_softness is 'soft'"),
+        ({"workers": 0}, r"workers is 0: it must be a number of processes"),
+        ({"workers": "all"}, r"workers is 'all'"),
     ],
 )
 def test_numbers_of_the_grader_that_will_not_do_are_refused(options, says):

@@ -31,7 +31,7 @@ class Shapes:
             ``Grade.shape_margin``, in IoU; None leaves it at right or wrong.
 
     Raises:
-        ValueError: ``all_right`` or ``shape_softness`` is out of range.
+        ValueError: an option is out of range, or no number.
     """
 
     needs = ("scene",)
@@ -47,18 +47,19 @@ class Shapes:
         self.graders, self.all_right, self.softness = Graders(workers), all_right, shape_softness
 
     @staticmethod
-    def check(workers: int | None = None, all_right: float = 0.5, shape_softness: float | None = None) -> None:
+    def check(workers: Any = None, all_right: Any = 0.5, shape_softness: Any = None) -> None:
         """Refuse what will not do.
 
         Raises:
-            ValueError: ``all_right`` or ``shape_softness`` is out of range.
+            ValueError: an option is out of range, or no number.
         """
-        if not 0 <= all_right <= 1:
-            raise ValueError(f"reward_config.options.shapes.all_right is {all_right}: it is a share, 0 to 1")
-        if shape_softness is not None and not 0 < shape_softness < math.inf:
-            raise ValueError(
-                f"reward_config.options.shapes.shape_softness is {shape_softness}: it is an overlap above 0, such as "
-                "0.1; leave it out for right or wrong"
+        if not (workers is None or (_is_number(workers) and workers >= 1 and int(workers) == workers)):
+            raise _refused("workers", workers, "a number of processes, 1 or more; leave it out for one a core")
+        if not (_is_number(all_right) and 0 <= all_right <= 1):
+            raise _refused("all_right", all_right, "a share, 0 to 1")
+        if not (shape_softness is None or (_is_number(shape_softness) and 0 < shape_softness < math.inf)):
+            raise _refused(
+                "shape_softness", shape_softness, "an overlap above 0, such as 0.05; leave it out for right or wrong"
             )
 
     def __call__(self, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Any]:
@@ -86,3 +87,11 @@ class Shapes:
     def close(self) -> None:
         """End the processes."""
         self.graders.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refused(name: str, value: Any, what: str) -> ValueError:
+    return ValueError(f"reward_config.options.shapes.{name} is {value!r}: it must be {what}")
