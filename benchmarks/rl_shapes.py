@@ -134,30 +134,44 @@ def weakened(args: argparse.Namespace) -> Path:
 
 
 def reinforce(args: argparse.Namespace, clock: Clock, model: Path | str, variant: str) -> bool:
-    """One variant until its minutes are spent; whether they are."""
+    """One variant until its minutes or the recipe's epochs are over; whether they are."""
     from ospnext.config import load_config
     from ospnext.config_keys import key_rules
     from ospnext.train.rl.run import run
     from ospnext.train.rl.settings import RLConfig
 
     folder = args.out / variant
+    given = {
+        "output_dir": folder,
+        "device": args.device,
+        "model": model,
+        "trackers": "[]",
+        "rl_config.eval_prompt_file": f"shapes:large:{args.prompts}",
+        **{f"rl_config.{key}": value for key, value in VARIANTS[variant].items()},
+    }
+
+    def asked(minutes: float) -> RLConfig:
+        words = [f"{key}={value}" for key, value in {**given, "time_budget_minutes": minutes}.items()] + args.set
+        return load_config(RLConfig, ROOT / "configs/rl/shapes.yaml", words, key_rules("rl")).alone()
+
+    def complete() -> bool:  # the last epoch is not begun when the time is up
+        return epochs(folder) >= asked(1.0).num_epochs or spent(folder) >= 60 * args.minutes * 0.95
+
     left = 60 * args.minutes - spent(folder)
-    if left > 0 and clock.left > 0:
-        given = {
-            "output_dir": folder,
-            "device": args.device,
-            "model": model,
-            "trackers": "[]",
-            "time_budget_minutes": min(left, clock.left) / 60,
-            "rl_config.eval_prompt_file": f"shapes:large:{args.prompts}",
-            **{f"rl_config.{key}": value for key, value in VARIANTS[variant].items()},
-        }
-        words = [f"{key}={value}" for key, value in given.items()] + args.set
+    if not complete() and left > 0 and clock.left > 0:
         began = time.monotonic()
-        run(load_config(RLConfig, ROOT / "configs/rl/shapes.yaml", words, key_rules("rl")).alone())
+        run(asked(min(left, clock.left) / 60))
         say(piece=f"reinforcement learning, {variant}", seconds=round(time.monotonic() - began, 1))
     tell(folder, variant)
-    return spent(folder) >= 60 * args.minutes * 0.95  # the last epoch is not begun when the time is up
+    return complete()
+
+
+def epochs(folder: Path) -> int:
+    """How many epochs the newest state knows of."""
+    from ospnext.parallel.state import newest, read_record
+
+    state = newest(folder) if folder.is_dir() else None
+    return 0 if state is None else read_record(state)["data"]["epoch"]
 
 
 def spent(folder: Path) -> float:
@@ -228,7 +242,7 @@ def draw(args: argparse.Namespace) -> None:
 
     from ospnext.media import video_grid, write_video
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for variant in args.variants.split(","):
         folder = args.out / variant
         curve = lines(folder / "evaluations.jsonl")
@@ -243,7 +257,7 @@ def draw(args: argparse.Namespace) -> None:
         if kept := [path for path in paths if path.exists()]:
             video_grid(kept, folder / "before_after.mp4", columns=2)
     axes.set(xlabel="seconds of reinforcement learning", ylabel="everything right, %")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(args.out / "curve.png", dpi=110)
 

@@ -55,6 +55,26 @@ def test_scenes_beside_videos_are_graded(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "reward 'shapes' needs scene of every video, and 1.mp4 has none: write a mapping with it to"),
+        ("[1]", "1.json must hold a mapping, such as {}, not list"),
+        ("{bad", "1.json is no JSON"),
+    ],
+)
+def test_metadata_that_will_not_do_are_named_before_anything_is_scored(tmp_path, capsys, text, said):
+    for i in range(2):
+        write_video(tmp_path / f"{i}.mp4", np.zeros((5, 32, 32, 3), np.uint8))
+    scene = sample_scene(np.random.default_rng(0), World.large(), held_out=True)
+    (tmp_path / "0.json").write_text(json.dumps({"scene": scene.to_dict()}))
+    if text is not None:
+        (tmp_path / "1.json").write_text(text)
+    assert main(["evaluate", "reward", str(tmp_path), "reward_fn={shapes: 1.0}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "rewards.json").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["nowhere", "reward_fn={motion: 1.0}"], "nowhere: no such folder"),

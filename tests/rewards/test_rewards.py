@@ -203,7 +203,16 @@ def test_a_soft_mark_of_the_shape_tells_videos_apart_that_are_right_and_wrong_al
         shape = torch.sigmoid(scored.each["shapes.shape_margin"] / 0.05)
         assert torch.equal((shape > 0.5).double(), plain["shapes.shape"].double())
         share, everything = (others + shape) / 4, (others == 3) * shape
+        assert scored.each["shapes.shape_margin"].isfinite().all()
         torch.testing.assert_close(scored.total.double(), (0.5 * share + 0.5 * everything).double())
+
+
+def test_the_hardest_of_soft_marks_is_right_or_wrong():
+    scene = sample_scene(np.random.default_rng(2), World.large(), held_out=False)
+    right = render([scene], 33, 128, 128).permute(0, 1, 4, 2, 3).float() / 255
+    rewards = RewardSet({"shapes": 1.0}, {"shapes": {"workers": 1, "shape_softness": 1e-300}})
+    scored = rewards(torch.cat([right, torch.full_like(right, 0.5)]), [""] * 2, [{"scene": scene.to_dict()}] * 2)
+    assert scored.total.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +223,8 @@ def test_a_soft_mark_of_the_shape_tells_videos_apart_that_are_right_and_wrong_al
         ({"shape_softness": 0}, r"shape_softness is 0: it must be an overlap above 0, such as 0\.05"),
         ({"shape_softness": math.nan}, r"shape_softness is nan"),
         ({"shape_softness": "soft"}, r"shape_softness is 'soft'"),
-        ({"workers": 0}, r"workers is 0: it must be a number of processes"),
+        ({"workers": 0}, r"workers is 0: it must be a whole number of processes"),
+        ({"workers": 2.0}, r"workers is 2\.0"),
         ({"workers": "all"}, r"workers is 'all'"),
     ],
 )

@@ -8,6 +8,7 @@ numbers; else it is empty, which some rewards do not mind. A line of JSON beside
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ospnext.generate.manifest import FILE as MANIFEST
 from ospnext.generate.manifest import write_text
 from ospnext.generate.settings import read_prompt_file
 from ospnext.media import read_video
-from ospnext.rewards.base import RewardSet, check_reward
+from ospnext.rewards.base import RewardSet, check_reward, find_factory
 from ospnext.rewards.settings import RewardConfig
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -42,7 +43,7 @@ def run(config: EvaluateRewardConfig) -> str:
     """Score, write the JSON; returns a line with the means.
 
     Raises:
-        ValueError: no videos, prompts that do not fit, a reward that cannot be had; nothing is written.
+        ValueError: no videos, prompts or metadata that do not fit, a reward that cannot be had; nothing is written.
     """
     made = config.reward_config
     for name in config.reward_fn:
@@ -50,6 +51,7 @@ def run(config: EvaluateRewardConfig) -> str:
     folder = Path(config.folder)
     videos = find_videos(folder)
     prompts = find_prompts(folder, videos, config.prompts)
+    metadata = find_metadata(videos, config.reward_fn)
     device = resolve_device("auto" if made.device is None else made.device)
     rewards = RewardSet(config.reward_fn, made.options, device, made.separate)
     rows: list[dict[str, Any]] = []
@@ -57,7 +59,7 @@ def run(config: EvaluateRewardConfig) -> str:
         for path in track(videos, description="scoring", transient=True):
             clip = read_video(path)
             frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)[None].float() / 255
-            about = {"fps": clip.fps} | find_metadata(path)
+            about = {"fps": clip.fps} | metadata[path.name]
             scored = rewards(frames, [prompts[path.name]], [about])
             each = {name: plain(float(values[0])) for name, values in scored.each.items()}
             rows.append(
@@ -65,7 +67,8 @@ def run(config: EvaluateRewardConfig) -> str:
             )
     finally:
         rewards.close()
-    means = {name: mean([row[name] for row in rows]) for name in rows[0] if name not in ("file", "prompt")}
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("file", "prompt"))
+    means = {name: mean([row.get(name) for row in rows]) for name in names}
     result = {"reward_fn": config.reward_fn, "mean": means, "failures": rewards.failures, "videos": rows}
     output = folder / "rewards.json" if config.output is None else Path(config.output)
     write_text(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -111,10 +114,29 @@ def find_prompts(folder: Path, videos: list[Path], file: str | None) -> dict[str
     return said
 
 
-def find_metadata(video: Path) -> dict[str, Any]:
-    """What ``clip.json`` beside ``clip.mp4`` says."""
-    beside = video.with_suffix(".json")
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+def find_metadata(videos: Sequence[Path], rewards: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What ``clip.json`` beside ``clip.mp4`` says, by the name of the video.
+
+    Raises:
+        ConfigError: it is no mapping in JSON, or lacks what a reward needs.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for video in videos:
+        beside = video.with_suffix(".json")
+        try:
+            said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{beside} is no JSON: {error}") from error
+        if not isinstance(said, dict):
+            raise ConfigError(f"{beside} must hold a mapping, such as {{}}, not {type(said).__name__}")
+        for name in rewards:
+            if missing := [key for key in getattr(find_factory(name), "needs", ()) if key not in said]:
+                raise ConfigError(
+                    f"reward {name!r} needs {', '.join(missing)} of every video, and {video.name} has none: write "
+                    f"a mapping with it to {beside}"
+                )
+        found[video.name] = said
+    return found
 
 
 def mean(values: list[float | None]) -> float | None:

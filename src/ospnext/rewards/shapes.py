@@ -53,8 +53,8 @@ class Shapes:
         Raises:
             ValueError: an option is out of range, or no number.
         """
-        if not (workers is None or (_is_number(workers) and workers >= 1 and int(workers) == workers)):
-            raise _refused("workers", workers, "a number of processes, 1 or more; leave it out for one a core")
+        if not (workers is None or (_is_number(workers) and isinstance(workers, int) and workers >= 1)):
+            raise _refused("workers", workers, "a whole number of processes, 1 or more; leave it out for one a core")
         if not (_is_number(all_right) and 0 <= all_right <= 1):
             raise _refused("all_right", all_right, "a share, 0 to 1")
         if not (shape_softness is None or (_is_number(shape_softness) and 0 < shape_softness < math.inf)):
@@ -81,7 +81,7 @@ class Shapes:
     def _score(self, grade: Grade) -> float:
         marks = {name: float(mark) for name, mark in grade.marks.items() if mark is not None}
         if self.softness is not None:
-            marks["shape"] = 1 / (1 + math.exp(-grade.shape_margin / self.softness))
+            marks["shape"] = 0.5 + 0.5 * math.tanh(grade.shape_margin / (2 * self.softness))  # exp would overflow
         return (1 - self.all_right) * sum(marks.values()) / len(marks) + self.all_right * math.prod(marks.values())
 
     def close(self) -> None:
