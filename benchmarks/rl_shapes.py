@@ -8,8 +8,8 @@ Pieces, each of which is kept in ``--out`` and goes on where it was stopped when
    ``--undertrained-steps`` steps: about half of its videos are to be fully right.
    With ``--weaken 0.35`` it is the embedded model instead, with noise of that share of each block weight's deviation:
    a start that takes no training, to try rates with.
-2. For every variant: ``configs/rl/shapes.yaml`` for ``--minutes`` of rolling out and training. Before, along the way
-   and after, the averaged adapter draws ``--prompts`` held-out prompts, with the same seeds each time.
+2. For every variant: ``configs/rl/shapes.yaml`` to its last epoch, or for ``--minutes`` if those end first. Before,
+   along the way and after, the averaged adapter draws ``--prompts`` held-out prompts, with the same seeds each time.
 
 Prints a JSON line for each point of a curve: share of videos in which everything is right with its 95% Wilson
 interval, seconds of reinforcement learning so far; and one for each variant with the time of an epoch and the gain in
@@ -47,7 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--weaken", type=float, help="start from the embedded model with so much noise on its weights")
     parser.add_argument("--undertrained-steps", type=int, default=4700, help="steps of that training, batches of 320")
     parser.add_argument("--variants", default="mix", help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of rolling out and training, for each variant")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of rolling out and training, at most, by variant")
     parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of an evaluation")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop this command after it; give it again")

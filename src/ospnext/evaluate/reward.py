@@ -22,7 +22,7 @@ from ospnext.generate.manifest import FILE as MANIFEST
 from ospnext.generate.manifest import write_text
 from ospnext.generate.settings import read_prompt_file
 from ospnext.media import read_video
-from ospnext.rewards.base import RewardSet, check_reward, find_factory
+from ospnext.rewards.base import RewardSet, check_reward, needs
 from ospnext.rewards.settings import RewardConfig
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -130,7 +130,7 @@ def find_metadata(videos: Sequence[Path], rewards: Iterable[str]) -> dict[str, d
         if not isinstance(said, dict):
             raise ConfigError(f"{beside} must hold a mapping, such as {{}}, not {type(said).__name__}")
         for name in rewards:
-            if missing := [key for key in getattr(find_factory(name), "needs", ()) if key not in said]:
+            if missing := [key for key in needs(name) if key not in said]:
                 raise ConfigError(
                     f"reward {name!r} needs {', '.join(missing)} of every video, and {video.name} has none: write "
                     f"a mapping with it to {beside}"

@@ -107,15 +107,20 @@ def check_reward(name: str, options: Mapping[str, Any]) -> None:
         check(**options)
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """Which metadata a reward needs of every prompt."""
+    return tuple(getattr(find_factory(name), "needs", ()))
+
+
 def check_metadata(name: str, prompts: Iterable[tuple[str, Metadata]]) -> None:
     """Find out before anything is loaded whether prompts have the metadata that a reward needs.
 
     Raises:
         ValueError: one has not.
     """
-    needs = getattr(find_factory(name), "needs", ())
+    needed = needs(name)
     for prompt, metadata in prompts:
-        if missing := [key for key in needs if key not in metadata]:
+        if missing := [key for key in needed if key not in metadata]:
             raise ValueError(
                 f"reward {name!r} needs {', '.join(missing)} of every prompt, and {prompt[:80]!r} has none: use "
                 "prompts of shapes:WORLD, or .jsonl that says it"
