@@ -60,6 +60,9 @@ def test_what_is_larger_saturates_and_nan_stays() -> None:
     cast = fp8.to_e4m3(x, ONE, 15.0).float() / 16
     assert cast[:5].tolist() == [28, 28, 28, -28, 28]
     assert cast[5].isnan()
+    cast = fp8.to_e4m3(x[2:], ONE, 384.0).float()  # 448 is no number of HiF8: it is rounded to 512
+    assert cast[:3].tolist() == [448, -448, 448]
+    assert cast[3].isnan()
 
 
 @pytest.mark.parametrize("largest", [0.3, 1.0, 14.9, 15.0, 27.0, 100.0, 224.0, 384.0])

@@ -100,7 +100,12 @@ def to_e4m3(x: torch.Tensor, scale: torch.Tensor, scale_max: float) -> torch.Ten
 def _scaled_to_e4m3(scaled: torch.Tensor, scale_max: float) -> torch.Tensor:
     factor = headroom(scale_max)
     limit = E4M3_MAX / factor
-    return (hif8.round(scaled.clamp(-limit, limit)) * factor).to(E4M3)
+    return _saturated(hif8.round(scaled.clamp(-limit, limit)) * factor)
+
+
+def _saturated(x: torch.Tensor) -> torch.Tensor:
+    """As E4M3. Before torch 2.13 a cast makes NaN of what is too large, and the limit may be rounded beyond itself."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 @cache
@@ -112,7 +117,7 @@ def _e4m3_table(scale_max: float, device: torch.device) -> torch.Tensor:
 
 def codes_to_e4m3(codes: torch.Tensor, scale_max: float) -> torch.Tensor:
     """HiF8 codes of numbers up to ``scale_max``, times ``headroom(scale_max)``, as E4M3."""
-    table = (torch.tensor(hif8.VALUES, device=codes.device) * headroom(scale_max)).to(E4M3)
+    table = _saturated(torch.tensor(hif8.VALUES, device=codes.device) * headroom(scale_max))
     return table.view(torch.uint8)[codes.int()].view(E4M3)
 
 
