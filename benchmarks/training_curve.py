@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
+BATCH_SIZE = 320  # of every stage
 
 
 def read(name: str) -> list[dict]:
@@ -20,10 +21,10 @@ def main() -> None:
     left.semilogy([line["step"] for line in vae], [line["mse"] for line in vae])
     left.set(title="video VAE", xlabel="step", ylabel="squared error of a sampled reconstruction")
     seen = 0.0
-    for i, batch_size in enumerate((256, 192, 320, 320, 320), start=1):
+    for i in (1, 2, 3):
         log = read(f"shapes_transformer_{i}")
-        clips = [seen + line["step"] * batch_size / 1e6 for line in log]
-        right.semilogy(clips, [line["loss"] for line in log], label=f"stage {i}")
+        clips = [seen + line["step"] * BATCH_SIZE / 1e6 for line in log]
+        right.semilogy(clips, [line["loss"] for line in log], label=f"run {i}")
         seen = clips[-1]
     right.set(title="transformer", xlabel="million clips seen", ylabel="squared error of the velocity")
     right.legend(frameon=False)

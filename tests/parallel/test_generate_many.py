@@ -77,7 +77,7 @@ def test_in_8_bits_too(world: int, mesh: tuple[str, ...], processes: Group, expe
     plain = expected(())["latents"]
     found = processes(world).run(cases.frames, world, (*mesh, *hif8), PROMPTS[:2])
     first, *others = (result["latents"] for result in found)
-    assert 0.01 < (first - plain).norm() / plain.norm() < 0.2
+    assert 0.01 < (first - plain).norm() / plain.norm() < 0.4  # of what is unlike it, 1.4
     assert all(other.equal(first) for other in others)
 
 
