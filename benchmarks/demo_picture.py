@@ -70,7 +70,8 @@ def main() -> None:
             frame.paste(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS), place(i))
         frames.append(frame)
     # One palette for all, or colours would flicker; chosen for cover, or small things would lose theirs to backgrounds.
-    palette = frames[len(frames) // 2].quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1)
+    some = np.concatenate([np.asarray(frame) for frame in frames[::8]])
+    palette = Image.fromarray(some).quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1)
     flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [FRAME_MS] * (len(flat) - 1) + [LAST_MS]
     flat[0].save(TARGET, save_all=True, append_images=flat[1:], duration=durations, loop=0)
