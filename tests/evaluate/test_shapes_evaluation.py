@@ -99,6 +99,8 @@ def test_the_command_from_end_to_end(model, tmp_path, capsys):
     assert record["result"]["everything"]["asked"] == len(record["prompts"]) == 3
     assert record["config"]["num_prompts"] == 3
     assert record["prompts"][0]["grade"]["colour"] is False
+    assert main(["evaluate-shapes", *words, "weight_dtype=fp32", "num_prompts=1"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["contact_sheet.png", "shapes.json", "video_0.mp4"]  # no older one
 
 
 def test_a_video_does_not_depend_on_its_batch(model):

@@ -4,6 +4,7 @@ Scenes are drawn from combinations of shape, colour and motion that training nev
 the grader of ``ospnext.shapes`` reads its videos. Figures come with 95% Wilson intervals.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,13 +178,17 @@ def write(
     grades: Sequence[Grade],
     videos: Sequence[np.ndarray],
 ) -> None:
-    """Write the figures with every prompt's grade, and the first videos to look at."""
+    """Write the figures with every prompt's grade, and the first videos, in place of an earlier evaluation's."""
     folder = Path(config.output_dir)
     record: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "result": {name: s._asdict() for name, s in result.items()},
         "prompts": [{"prompt": p, "grade": g.marks} for p, g in zip(prompts, grades, strict=True)],
     }
+    if (folder / "shapes.json").exists():  # of an earlier evaluation, whose videos would lie beside these figures
+        stale = itertools.takewhile(Path.exists, (folder / f"video_{i}.mp4" for i in itertools.count()))
+        for path in (*stale, folder / "contact_sheet.png"):
+            path.unlink(missing_ok=True)
     for i, video in enumerate(videos[: config.keep_videos]):
         write_video(folder / f"video_{i}.mp4", video)
     if config.keep_videos:
