@@ -65,6 +65,15 @@ def test_what_is_larger_saturates_and_nan_stays() -> None:
     assert cast[3].isnan()
 
 
+@pytest.mark.parametrize("scale_max", [2.0**-8, 15.0, 224.0, 384.0])
+def test_nothing_too_large_is_cast(scale_max: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this torch makes of it: the numbers that are cast are looked at themselves."""
+    monkeypatch.setattr(fp8, "E4M3", torch.float32)
+    limit = fp8.E4M3_MAX / fp8.headroom(scale_max)
+    cast = fp8._scaled_to_e4m3(torch.linspace(-2 * limit, 2 * limit, 10_001), scale_max)
+    assert cast.abs().max() == fp8.E4M3_MAX
+
+
 @pytest.mark.parametrize("largest", [0.3, 1.0, 14.9, 15.0, 27.0, 100.0, 224.0, 384.0])
 def test_headroom_leaves_nothing_out(largest: float) -> None:
     x = torch.linspace(-largest, largest, 4097)

@@ -72,12 +72,13 @@ def test_latents_and_frames_are_those_of_one_process(
     ],
 )
 def test_in_8_bits_too(world: int, mesh: tuple[str, ...], processes: Group, expected: Any) -> None:
-    """It runs, and near plain numbers; not closer to one process's HiF8 than that, see docs/hif8.md."""
+    """As far from plain numbers as one process's HiF8 is; not closer to that than to them, see docs/hif8.md."""
     hif8 = ("model_config.quant=hif8", "model_config.quant_attn=hif8")
-    plain = expected(())["latents"]
+    plain, one = expected(())["latents"], expected(hif8)["latents"]
     found = processes(world).run(cases.frames, world, (*mesh, *hif8), PROMPTS[:2])
     first, *others = (result["latents"] for result in found)
-    assert 0.01 < (first - plain).norm() / plain.norm() < 0.4  # of what is unlike it, 1.4
+    assert 0.5 < (first - plain).norm() / (one - plain).norm() < 2
+    assert (one - plain).norm() < 0.4 * plain.norm()  # latents of another seed: 1.4
     assert all(other.equal(first) for other in others)
 
 
