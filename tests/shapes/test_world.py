@@ -1,7 +1,6 @@
 """Scenes: their vocabulary, their paths, and what is drawn at random."""
 
 import json
-import time
 from itertools import combinations
 
 import numpy as np
@@ -46,12 +45,8 @@ def test_colours_are_far_from_each_other_and_from_every_background() -> None:
         assert min(np.linalg.norm(colour - background) for colour in palette.values()) > 90
 
 
-def test_drawing_is_deterministic_and_fast() -> None:
+def test_drawing_is_deterministic() -> None:
     assert scenes(FULL, 20) == scenes(FULL, 20)
-    scenes(SIMPLE, 10)
-    start = time.process_time()
-    scenes(SIMPLE, 1000)
-    assert 1000 / (time.process_time() - start) > 5000
 
 
 def test_training_shows_every_word_and_nothing_held_out() -> None:

@@ -149,10 +149,10 @@ def test_a_time_budget_stops_and_resumes_exactly(settings, capsys):
 
     def slow(step: int) -> bool:
         if step == 5:  # the budget ends within this step, which is finished
-            time.sleep(0.4)
+            time.sleep(1.6)
         return False
 
-    state = Recipe(fails=slow).fit(replace(pieces, time_budget_minutes=0.3 / 60))
+    state = Recipe(fails=slow).fit(replace(pieces, time_budget_minutes=1.2 / 60))
     assert 0 < state.step <= 6
     stopped = state.step
     assert saved_steps(pieces.output_dir)[-1] == stopped
