@@ -186,6 +186,16 @@ def config_keys(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield from config_keys(section, key + ".")
 
 
+def leaves(data: Mapping[str, Any], prefix: str = "", stop: set[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping; a mapping under a key of ``stop``, or an empty one, is a leaf."""
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not (stop and key in stop):
+            yield from leaves(value, key + ".", stop)
+        else:
+            yield key, None if isinstance(value, Mapping) and not value and key not in (stop or ()) else value
+
+
 def dump_yaml(config: Config) -> str:
     """The whole configuration as YAML that ``load_config`` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=120)
@@ -202,7 +212,7 @@ def refuse_placeholders(config: Config) -> None:
     Raises:
         ConfigError: names every such key.
     """
-    left = [f"{key} ({value})" for key, value in _leaves(config.model_dump(by_alias=True)) if _is_placeholder(value)]
+    left = [f"{key} ({value})" for key, value in leaves(config.model_dump(by_alias=True)) if _is_placeholder(value)]
     if left:
         raise ConfigError(f"placeholders are left in the config; give real paths for {', '.join(left)}")
 
@@ -250,7 +260,7 @@ def _settle(cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyR
     known = [key for key, _ in config_keys(cls)]
     result = _Settled({}, [], [])
     moved: dict[str, Any] = {}
-    for key, value in _leaves(data, stop={*known, *rules}):
+    for key, value in leaves(data, stop={*known, *rules}):
         rule = rules.get(key)
         if key in known:
             _put(result.data, key, value)
@@ -268,22 +278,12 @@ def _settle(cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyR
             moved[key] = value
     for key, value in moved.items():
         target = rules[key].target
-        present = dict(_leaves(result.data)).get(target, value)
+        present = dict(leaves(result.data)).get(target, value)
         if present == value:
             _put(result.data, target, value)
         else:
             result.errors.append(f"{key!r} is {value!r}, but {target!r}, which means the same, is {present!r}")
     return result
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "", stop: set[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping; a mapping under a key of ``stop``, or an empty one, is a leaf."""
-    for name, value in data.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and not (stop and key in stop):
-            yield from _leaves(value, key + ".", stop)
-        else:
-            yield key, None if isinstance(value, Mapping) and not value and key not in (stop or ()) else value
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

@@ -351,6 +351,20 @@ def test_the_flops_are_those_torch_counts():
     assert flops == 3 * counter.get_total_flops()
 
 
+def test_what_has_changed_since_the_state_is_said(tmp_path, vae_folder, capsys):
+    assert train(tmp_path, vae_folder) == 0
+    assert train(tmp_path, vae_folder) == 0
+    assert "goes on with another" not in capsys.readouterr().out
+    assert train(tmp_path, vae_folder, training_iteration=6, optimizer_config__lr=0.02) == 0
+    said = capsys.readouterr().out
+    assert "goes on with another training_iteration than before: 6, not 5" in said
+    assert "goes on with another optimizer_config.lr than before: 0.02, not 0.01" in said
+    assert said.count("goes on with another") == 2
+    (tmp_path / "config.yaml").write_text("no_key_of_ours: 1\n")
+    assert train(tmp_path, vae_folder, training_iteration=6) == 0
+    assert "goes on, but not known with which settings before: " in capsys.readouterr().out
+
+
 def test_profiling_writes_a_trace_and_goes_on(tmp_path, vae_folder):
     assert train(tmp_path / "run", vae_folder, profiling=True, trackers="[]") == 0
     trace = json.loads((tmp_path / "run/trace_0.json").read_text())

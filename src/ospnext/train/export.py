@@ -29,6 +29,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.state import RECORD, StateError, read, read_record
 from ospnext.quant.apply import quantize
 from ospnext.quant.settings import read_keys, recipe
+from ospnext.train.folder import SETTINGS
 from ospnext.train.job import Sources, constructor_settings, find_sources
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import ALPHAS
@@ -61,7 +62,7 @@ def run(config: ExportConfig) -> str:
         raise ConfigError(f"{to} is there already: choose another dst, or remove it")
     if not (state / RECORD).is_file():
         raise ConfigError(f"{state}: no state of a training run (there is no {RECORD}): name an iter_ folder")
-    snapshot = state.parent / "config.yaml"
+    snapshot = state.parent / SETTINGS
     if not snapshot.is_file():
         raise ConfigError(f"{snapshot}: not there; a state is exported with the configuration beside it")
     if "rl_config" in read_yaml(snapshot):

@@ -18,11 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from ospnext.checkpoints.lora import alphas_of, describe_adapter
-from ospnext.config import dump_yaml
 from ospnext.device import device_label, dtype_label, resolve_dtype
 from ospnext.flow.path import TIMESTEPS
-from ospnext.generate.manifest import only_run, write_text
-from ospnext.generate.run import make_folder
 from ospnext.models.text import encode_tokens
 from ospnext.ops.attention import describe_kernel
 from ospnext.parallel.apply import describe, describe_checkpointing
@@ -32,6 +29,7 @@ from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.export import export_adapter, export_pipeline
 from ospnext.train.feed import Feed
 from ospnext.train.flops import peak_flops, training_flops
+from ospnext.train.folder import open_folder
 from ospnext.train.foreign import check_foreign, started_from, take_over
 from ospnext.train.job import Job, settle
 from ospnext.train.log import Log, Losses, Meter
@@ -65,13 +63,13 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
     names, said = agree(launch, lambda: tracker_names(config))
     asked = agree(launch, lambda: ask(config))
     with ExitStack() as folder:
-        agree(launch, lambda: open_folder(folder, given) if launch.first else None)
+        changed = agree(launch, lambda: open_folder(folder, given, "train") if launch.first else [])
         crew = arrange(config, job)
         parts = agree(launch, lambda: build(config, job, crew))
         teacher = agree(launch, lambda: build_teacher(config, job, crew))
         feed = agree(launch, lambda: open_feed(config, job, parts, crew))
         if launch.first:
-            report(config, job, parts, [*job.notices, *said, *([] if teacher is None else [str(teacher)])])
+            report(config, job, parts, [*job.notices, *said, *([] if teacher is None else [str(teacher)]), *changed])
         validation = agree(launch, lambda: open_validation(config, job, parts, crew, launch, asked, names))
         meter = Meter(peak_flops(job.device, resolve_dtype(config.weight_dtype)))
         around = Surroundings(
@@ -88,18 +86,6 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
         state = fit(trained(config, parts), losses, loop_settings(config, crew.mesh is None), job.device, around)
         if not state.terminated and launch.first:
             finish(config)
-
-
-def open_folder(stack: ExitStack, config: TrainConfig) -> None:
-    """Make the output folder this run's, and write down its configuration.
-
-    Raises:
-        ConfigError: it cannot be written, or another run is writing to it.
-    """
-    folder = make_folder(Path(config.output_dir))
-    stack.enter_context(only_run(folder))
-    latest(folder)  # refuses what cannot be gone on from before anything is loaded
-    write_text(folder / "config.yaml", dump_yaml(config))
 
 
 def trained(config: TrainConfig, parts: Components) -> dict[str, torch.nn.Module]:

@@ -25,8 +25,7 @@ from ospnext.checkpoints.fill import progress_bar as loading_bar
 from ospnext.checkpoints.lora import alphas_of, describe_adapter
 from ospnext.config import dump_yaml
 from ospnext.device import device_label, dtype_label, resolve_dtype
-from ospnext.generate.manifest import only_run, write_text
-from ospnext.generate.run import make_folder
+from ospnext.generate.manifest import write_text
 from ospnext.ops.attention import describe_kernel
 from ospnext.parallel.apply import describe
 from ospnext.parallel.circle import Circle
@@ -36,6 +35,7 @@ from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
 from ospnext.parallel.state import StateWriter
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.folder import open_folder
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
 from ospnext.train.optim import MovingAverage, adamw, learning_rate
@@ -45,7 +45,7 @@ from ospnext.train.rl.parts import Job, arrange, load, make_rewards, settle
 from ospnext.train.rl.policy import Policy
 from ospnext.train.rl.progress import SPAN, Progress
 from ospnext.train.rl.rollout import Roller, Rollouts, StoppedError, Videos, Worth
-from ospnext.train.rl.save import SETTINGS, changed_settings, resume_from, save_checkpoint
+from ospnext.train.rl.save import resume_from, save_checkpoint
 from ospnext.train.rl.settings import GRPOConfig, RLConfig
 from ospnext.train.rl.update import Updater
 from ospnext.train.rl.why import not_finite, why_unscored
@@ -74,7 +74,7 @@ def run(config: RLConfig, launch: Launch | None = None) -> str | None:
     job = agree(launch, lambda: settle(config, launch))
     names, said = agree(launch, lambda: tracker_names(config))
     with ExitStack() as stack:
-        changed = agree(launch, lambda: open_folder(stack, config) if launch.first else [])
+        changed = agree(launch, lambda: open_folder(stack, config, "rl") if launch.first else [])
         crew = arrange(config, job)
         with loading_bar() if launch.first else nullcontext() as progress:
             pipe = agree(launch, lambda: load(config, job, crew, progress))
@@ -84,15 +84,6 @@ def run(config: RLConfig, launch: Launch | None = None) -> str | None:
         if launch.first:
             report(config, job, pipe.transformer, [*config.notices, *job.notices, *said, *changed])
         return Training(config, job, crew, launch, videos, names).train()
-
-
-def open_folder(stack: ExitStack, config: RLConfig) -> list[str]:
-    """Make the output folder this run's, and write down its configuration; returns how that is another than before."""
-    folder = make_folder(Path(config.output_dir))
-    stack.enter_context(only_run(folder))
-    changed = changed_settings(folder, config)
-    write_text(folder / SETTINGS, dump_yaml(config))
-    return changed
 
 
 class Training:

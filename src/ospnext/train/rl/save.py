@@ -17,8 +17,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,15 @@ import torch
 
 from ospnext.checkpoints.lora import adapter_of
 from ospnext.checkpoints.lora_files import write_adapter, write_into
-from ospnext.config import config_keys, load_config
-from ospnext.config_keys import key_rules
 from ospnext.parallel.launch import Launch, agree
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.train.clipping import DECAY, AdaptiveClipper
-from ospnext.train.rl.settings import RLConfig
-from ospnext.train.state import TrainState, latest
+from ospnext.train.folder import SETTINGS
+from ospnext.train.state import TrainState
 
 CLIPPER = "adaptive_grad_clipper.pt"
 OTHER_CLIPPER = "adaptive_grad_clip_states.pt"  # what OSP-Next's code calls it; its README the other
 TRAINING = "rl_training_state.json"
-SETTINGS = "config.yaml"
 
 
 def save_checkpoint(folder: Path, state: TrainState, epoch: int, config: str, launch: Launch) -> Path:
@@ -135,25 +130,6 @@ def resume_from(folder: Path, state: TrainState) -> int | None:
             f"{folder}: its training state cannot be read ({error}); name the adapter's file alone"
         ) from error
     return epoch
-
-
-def changed_settings(folder: Path, config: RLConfig) -> list[str]:
-    """What to say of a run that goes on in its folder with other settings; call it before these are written there."""
-    if latest(folder) is None or not (folder / SETTINGS).is_file():
-        return []
-    try:
-        before = load_config(RLConfig, folder / SETTINGS, [], key_rules("rl"))
-    except ValueError as error:
-        return [f"goes on, but not known with which settings before: {error}"]
-    old, new = (one.model_dump(by_alias=True) for one in (before, config))
-    pairs = {
-        key: tuple(reduce(getitem, key.split("."), dump) for dump in (old, new)) for key, _ in config_keys(RLConfig)
-    }
-    return [
-        f"goes on with another {key} than before: {now!r}, not {was!r}"
-        for key, (was, now) in pairs.items()
-        if was != now
-    ]
 
 
 def _read_clipper(clipper: AdaptiveClipper, numbers: Mapping[str, Any]) -> None:
