@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--gpus", default="0,1,2,3", help="numbers; none: the CPU")
     parser.add_argument("--start", type=Path, help="a pipeline folder that is half right; default: of the recipe")
     parser.add_argument("--without", default="", help=f"pieces to leave out, of {', '.join(PIECES)}")
-    parser.add_argument("--steps", type=int, default=14000, help="of the recipe")
+    parser.add_argument("--steps", type=int, default=12000, help="of the recipe")
     parser.add_argument("--first-state", type=int, default=4500, help="the first that is graded for RL to start from")
     parser.add_argument("--every", type=int, default=500, help="steps between states")
     parser.add_argument("--rl-minutes", type=float, default=8.2, help="of mix")

@@ -43,6 +43,8 @@ def ospnext(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
         (["generate", "--prompts", "empty.txt", "device=cpu"], "empty.txt holds no prompt"),
         (["convert", "only_one"], "dst is missing"),
         (["train", "scheduler_config.shift=0"], "scheduler_config.shift is 0"),
+        (["generate", "scheduler_config.shift=1e-10"], "scheduler_config.shift is 1e-10"),
+        (["rl", "scheduler_config.shift=2e3"], "scheduler_config.shift is 2000.0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, message, tmp_path):

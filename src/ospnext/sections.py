@@ -9,6 +9,7 @@ from ospnext.config import Config
 DType = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4"]
 ScaleMax = Annotated[float, Field(ge=2.0**-8, le=384)]
+Shift = Annotated[float, Field(ge=0.01, le=1000)]  # beyond it float32 has no noise levels between 0 and 1
 Format = Literal["hif8", "none"]
 
 

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ospnext.config import Config, ConfigError, describe_errors
-from ospnext.sections import DType, RunConfig, SchedulerConfig
+from ospnext.sections import DType, RunConfig, SchedulerConfig, Shift
 
 Frames = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=16)]
 Steps = Annotated[int, Field(ge=1, le=10_000)]
 Guidance = Annotated[float, Field(ge=0)]
-Shift = Annotated[float, Field(gt=0)]
 SamplerName = Literal["euler", "unipc"]
 
 PROMPT = "{prompt}"

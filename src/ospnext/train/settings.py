@@ -5,13 +5,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ospnext.config import Config
-from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, TextEncoderConfig
+from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, Shift, TextEncoderConfig
 
 
 class NoiseConfig(SchedulerConfig):
     """How training draws noise levels sigma in (0, 1]."""
 
-    shift: float = Field(default=1.0, gt=0, description="shift of the noise levels, without dynamic shifting")
+    shift: Shift = Field(default=1.0, description="shift of the noise levels, without dynamic shifting")
     use_dynamic_shifting: bool = Field(default=False, description="shift by exp of a line in the tokens of one frame")
     base_image_seq: int = Field(default=256, ge=1, description="tokens at which the line is base_shift")
     max_image_seq: int = Field(default=4096, ge=1, description="tokens at which the line is max_shift")
@@ -115,7 +115,7 @@ class ValidationConfig(Config):
         default=None, ge=1, description="sampling steps; default: 20 for shapes, else 50"
     )
     guidance_scale: float | None = Field(default=None, ge=0, description="guidance; default: 4 for shapes, else 5")
-    shift: float | None = Field(default=None, gt=0, description="of the noise levels; default: 3 for shapes, else 7")
+    shift: Shift | None = Field(default=None, description="of the noise levels; default: 3 for shapes, else 7")
     save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
 
 

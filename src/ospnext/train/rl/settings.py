@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from ospnext.config import Config
 from ospnext.flow.sde import NOISE_LEVELS
 from ospnext.rewards.settings import RewardConfig
-from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig
+from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, Shift
 from ospnext.train.rl.window import Window
 from ospnext.train.settings import OptimizerConfig, TrackerConfig
 
@@ -15,8 +15,8 @@ from ospnext.train.settings import OptimizerConfig, TrackerConfig
 class RLSchedulerConfig(SchedulerConfig):
     """The noise levels of rollouts, training and evaluation: one schedule, that of deployment."""
 
-    shift: float | None = Field(
-        default=None, gt=0, description="shift of the noise levels; default: the model's (7 where it says nothing)"
+    shift: Shift | None = Field(
+        default=None, description="shift of the noise levels; default: the model's (7 where it says nothing)"
     )
 
 
