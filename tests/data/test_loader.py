@@ -261,6 +261,8 @@ def test_noise_is_loud_refused_beside_videos_and_the_same_every_time(
     resumed = loader(None, dataset_name="t2v_random")
     resumed.load_state_dict(loader(None, dataset_name="t2v_random").state_dict())
     assert same(take(resumed, 3), whole)
+    with pytest.raises(ValueError, match="saved with data of another kind"):
+        resumed.load_state_dict({})  # rendered clips', which no store has
     with pytest.raises(ValueError, match="set dataset_name=wan_t2v"):
         loader(sound, dataset_name="t2v_random")
     with pytest.raises(ValueError, match="metafile_or_dir_path is missing"):

@@ -24,6 +24,7 @@ from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.launch import Launch
 from ospnext.quant.running import AMAX, buffers
 from ospnext.train.flops import training_flops
+from ospnext.train.folder import changed_settings
 from ospnext.train.job import settle
 from ospnext.train.networks import arrange, build
 from ospnext.train.noise import add_noise
@@ -360,9 +361,25 @@ def test_what_has_changed_since_the_state_is_said(tmp_path, vae_folder, capsys):
     assert "goes on with another training_iteration than before: 6, not 5" in said
     assert "goes on with another optimizer_config.lr than before: 0.02, not 0.01" in said
     assert said.count("goes on with another") == 2
-    (tmp_path / "config.yaml").write_text("no_key_of_ours: 1\n")
-    assert train(tmp_path, vae_folder, training_iteration=6) == 0
-    assert "goes on, but not known with which settings before: " in capsys.readouterr().out
+    for text in ("no_key_of_ours: 1\n", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        assert train(tmp_path, vae_folder, training_iteration=6) == 0
+        assert "goes on, but not known with which settings before: " in capsys.readouterr().out
+
+
+def test_the_same_settings_otherwise_written_are_no_change(tmp_path, vae_folder, monkeypatch, capsys):
+    assert train(tmp_path, vae_folder) == 0
+    monkeypatch.chdir(tmp_path)
+    many = load_config(TrainConfig, None, [*words(Path("."), vae_folder), "ddp_size=2"])
+    assert changed_settings(tmp_path / "config.yaml", many, "train") == []
+
+
+def test_a_refused_start_leaves_the_configuration_of_the_states(tmp_path, vae_folder, capsys):
+    assert train(tmp_path, vae_folder) == 0
+    before = (tmp_path / "config.yaml").read_bytes()
+    assert train(tmp_path, vae_folder, training_iteration=6, seed=7) == 2
+    assert "saved with seed 42, but this run has 7" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_profiling_writes_a_trace_and_goes_on(tmp_path, vae_folder):

@@ -163,9 +163,9 @@ class Loader:
         Raises:
             ValueError: it is of other data, another seed or other buckets.
         """
-        if state["data"] != self.identity:
+        if (saved := state.get("data", "data of another kind")) != self.identity:
             raise ValueError(
-                f"the data's state was saved with {state['data']}, but this run reads {self.identity}: the order would "
+                f"the data's state was saved with {saved}, but this run reads {self.identity}: the order would "
                 "mean nothing; name the data of the first run, or start anew"
             )
         self.progress = self.sampler.load_state_dict(state)

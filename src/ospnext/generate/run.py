@@ -15,6 +15,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -159,8 +160,7 @@ def make_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written ({error.strerror}): choose another") from error
     return folder

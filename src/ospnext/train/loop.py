@@ -76,6 +76,7 @@ class Surroundings:
         after_step: called after each step and its average, before it is saved, with the state.
         begin: called with the state where there is none to resume; returns what is to be said of it.
         about: plain values that states keep: what is needed to make a model of them.
+        accepted: called by all processes once there is a state to go on from, before the first step.
     """
 
     launch: Launch = field(default_factory=Launch)
@@ -86,6 +87,7 @@ class Surroundings:
     after_step: Callable[[TrainState, Log], None] = lambda state, log: None
     about: Mapping[str, Any] = field(default_factory=dict)
     begin: Callable[[TrainState], str] | None = None
+    accepted: Callable[[], None] = lambda: None
 
 
 def seed_of(*numbers: int) -> int:
@@ -122,6 +124,7 @@ def fit(
     around = around or Surroundings()
     say: Callable[[str], None] = print if around.launch.first else _silent
     state = _begin(modules, settings, around, say)
+    around.accepted()
     deadline = time.monotonic() + 60 * (settings.time_budget_minutes or float("inf"))
     writer = StateWriter(settings.output_dir, settings.keep)
     log = Log(settings.output_dir, around.launch, around.trackers(state), around.meter, device, state.step)

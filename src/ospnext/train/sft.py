@@ -29,7 +29,7 @@ from ospnext.train.distil import Teacher, build_teacher, check_teacher
 from ospnext.train.export import export_adapter, export_pipeline
 from ospnext.train.feed import Feed
 from ospnext.train.flops import peak_flops, training_flops
-from ospnext.train.folder import open_folder
+from ospnext.train.folder import open_folder, write_settings
 from ospnext.train.foreign import check_foreign, started_from, take_over
 from ospnext.train.job import Job, settle
 from ospnext.train.log import Log, Losses, Meter
@@ -81,11 +81,14 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
             after_all(folder.enter_context(profiled(config, launch)), validation),
             about(config, job, parts),
             None if (old := config.import_checkpoint) is None else lambda state: take_over(Path(old), state),
+            lambda: agree(launch, lambda: write_settings(given) if launch.first else None),
         )
         losses = make_losses(config, job, parts, feed, meter, teacher)
         state = fit(trained(config, parts), losses, loop_settings(config, crew.mesh is None), job.device, around)
-        if not state.terminated and launch.first:
+        if launch.first and not state.terminated:
             finish(config)
+        elif launch.first and state.step >= config.training_iteration:
+            print("all steps are done: start again to make the pipeline, or the adapter, of the state")
 
 
 def trained(config: TrainConfig, parts: Components) -> dict[str, torch.nn.Module]:

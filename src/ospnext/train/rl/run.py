@@ -35,7 +35,7 @@ from ospnext.parallel.launch import Launch, agree, any_of, gather_objects
 from ospnext.parallel.state import StateWriter
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.clipping import AdaptiveClipper
-from ospnext.train.folder import open_folder
+from ospnext.train.folder import open_folder, write_settings
 from ospnext.train.log import Log
 from ospnext.train.loop import LoopSettings, finishing, progress_bar, termination
 from ospnext.train.optim import MovingAverage, adamw, learning_rate
@@ -122,6 +122,7 @@ class Training:
         """Epoch after epoch, to the last, the end of the time budget or SIGTERM; then save."""
         config, state, progress = self.config, self.state, self.progress
         self.resume()
+        agree(self.launch, lambda: write_settings(config) if self.launch.first else None)
         opened = open_trackers(self.trackers, config, state) if self.launch.first else []
         log = Log(self.folder, self.launch, opened, None, self.job.device, state.step)
         writer = StateWriter(self.folder, config.keep_checkpoints)

@@ -15,7 +15,6 @@ from ospnext.train.rl.settings import GRPOConfig
 
 _BROKEN = "where the adapter is broken already, remove the newest iter_ folders"
 _LOWER = f"lower optimizer_config.lr or rl_config.noise_level; {_BROKEN}"
-_SHIFT = "take scheduler_config.shift nearer to 1"
 
 
 def why_unscored(c: GRPOConfig, worth: Worth, unsound: str | None) -> str:
@@ -53,16 +52,11 @@ def _cause(config: GRPOConfig, x: Tensor, now: At, x_next: Tensor, recorded: Ten
     """What of a random step is not finite, in the order in which it comes about, and what to change."""
     std = now.step.std + 0.0  # no -0
     noise = f"of noise of standard deviation {std:.1e}"
-    if not bool(now.sigma.isfinite() & now.sigma_next.isfinite()):
-        return f"sigma is not finite: {_SHIFT}"
     if not bool(x.isfinite().all()):
         return f"the state before it is not finite: {_LOWER}"
     if not bool(now.velocity.isfinite().all()):
         return f"the velocity is not finite, of a state of up to {x.abs().max():.1e}: {_LOWER}"
-    if bool(now.sigma == now.sigma_next):
-        way = f"float32 cannot tell its levels apart: {_SHIFT}"
-    else:
-        way = f"{'raise' if std < 1 else 'lower'} rl_config.noise_level ({config.level:g})"
+    way = f"{'raise' if std < 1 else 'lower'} rl_config.noise_level ({config.level:g})"
     if not bool(x_next.isfinite().all()):
         return f"the state after it is not finite, {noise}: {way}"
     if not bool(recorded.isfinite().all() & log_prob(x_next, now.step).isfinite().all()):
