@@ -1,5 +1,6 @@
 """The configuration base and its loader: strict, frozen, one line for every mistake."""
 
+import random
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,8 @@ class Inner(Config):
 
     rate: float = 0.5
     sizes: tuple[int, ...] = (1, 2)
+    words: tuple[str, ...] = ()
+    named: dict[str, str] = Field(default={})
 
 
 class Outer(Config):
@@ -78,6 +81,10 @@ def test_empty_files_and_sections_mean_defaults(tmp_path, text):
         ("a=[1, 2]", [1, 2]),
         ("a=b=c", "b=c"),
         ("a=2024-01-01", "2024-01-01"),
+        ("a=010", 10),
+        ("a=-089", -89),
+        ("a=0x10", "0x10"),
+        ("a=1_000", "1_000"),
     ],
 )
 def test_overrides_are_yaml_scalars_of_few_surprises(text, value):
@@ -87,7 +94,7 @@ def test_overrides_are_yaml_scalars_of_few_surprises(text, value):
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("text", ["a", "=1", "a..b=1", "a=[1"])
+@pytest.mark.parametrize("text", ["a", "=1", "a..b=1", "a=[1", "a=" + "[" * 5000, "a=" + "1" * 5000])
 def test_bad_overrides(text):
     with pytest.raises(ConfigError):
         parse_override(text)
@@ -106,6 +113,9 @@ def test_bad_overrides(text):
         ("limit=a", "limit is 'a', but should be a valid integer"),
         ("limit=1.0", "limit is 1.0, but should be a valid integer"),
         ("limit=true", "limit is True, but should be a valid integer"),
+        (f"limit={10**400}", "0..., but whole numbers go up to 9223372036854775807"),
+        (f"limit=-{10**400}", "0..., but whole numbers go up to 9223372036854775807"),
+        ("inner.sizes=[1, 2, b]", "inner.sizes[2] is 'b', but should be a valid integer"),
         ("name=3", "name is 3, but should be a valid string (in quotes)"),
         ("mode=maybe", "mode is 'maybe', but should be 'auto', 'on' or 'off'"),
         ("name.first=a", "name"),
@@ -136,6 +146,12 @@ def test_many_mistakes_stay_one_readable_line():
         ("a: [1\n", "not valid YAML"),
         ("name: a\nname: b\n", "key 'name' stands twice"),
         ("name: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("[" * 5000, r"config\.yaml: not valid YAML: lists or mappings stand too deep"),
+        ("{a: " * 5000, r"config\.yaml: not valid YAML: lists or mappings stand too deep"),
+        ("inner: &a {inner: *a}\n", r"config\.yaml: not valid YAML: found unconstructable recursive node"),
+        ("name: &a [*a]\n", r"config\.yaml: not valid YAML: found unconstructable recursive node"),
+        ("name: !!int x\n", r"config\.yaml: not valid YAML: 'x' is no whole number"),
+        ("name: !!bool x\n", r"config\.yaml: not valid YAML: a value is not of the type"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -166,6 +182,22 @@ def test_saved_configs_read_back_equal(tmp_path, cls):
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(cls, tmp_path / "saved.yaml") == config
     assert "model_config:" in dump_yaml(config)
+
+
+WORDS = r"""
+0 1 89 0089 1e5 1234e56 1_000 +1 0x1f 0o7 1:30 2024-01-01 .inf -.INF .nan yes No on true TRUE null ~ é 日 😀 a
++ - . e _ : # , [ ] { } & * ! | > % @ ` ' " = << --- ... \
+"""
+BLANKS = ["", " ", "\t", "\n", "\r", ": ", " #", "- ", "? ", "word ", "\0", "\x7f", "\x85", "\xa0", "\u2028", "\ufeff"]
+
+
+def test_every_text_reads_back(tmp_path):
+    rng, parts = random.Random(0), WORDS.split() + BLANKS
+    texts = ["".join(rng.choices(parts, k=rng.choice((2, 2, 3, 5, 60)))) for _ in range(1000)]
+    for text in parts + texts:
+        config = Outer(name=text, inner=Inner(words=(text, "", text), named={text: text}))
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(Outer, tmp_path / "saved.yaml") == config, repr(text)
 
 
 def test_rules_settle_what_the_class_does_not_know():

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 PLACEHOLDER = "/path/to"
 NEAR = 0.6  # likeness from which an unknown key is taken for a misspelling
 MOST_ERRORS = 5  # wrong keys named in one line
+LONGEST_VALUE = 200  # characters of a wrong value in a message
 
 
 class ConfigError(ValueError):
@@ -161,18 +162,16 @@ def parse_override(text: str) -> tuple[str, Any]:
     """The dotted key and the value of ``a.b=c``; free text such as a prompt may hold colons and hashes.
 
     Raises:
-        ConfigError: there is no ``=``, no key, or a list or quoted string does not end.
+        ConfigError: there is no ``=``, no key, or a value that YAML cannot hold, such as a list that does not end.
     """
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{text!r} is no override: write key=value, or section.key=value")
-    if raw[:1] not in ("[", "{", '"', "'"):
-        return key, _plain_scalar(raw)
     try:
-        return key, _load(raw)
+        return key, _load(raw) if raw[:1] in ("[", "{", '"', "'") else _plain_scalar(raw)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {raw!r} is not a YAML value: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key}: {_shown(raw)} is not a YAML value: {' '.join(str(error).split())}") from error
 
 
 def config_keys(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -198,7 +197,8 @@ def leaves(data: Mapping[str, Any], prefix: str = "", stop: set[str] | None = No
 
 def dump_yaml(config: Config) -> str:
     """The whole configuration as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=120)
+    data = config.model_dump(mode="json", by_alias=True)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -224,13 +224,14 @@ def describe_errors(cls: type[Config], error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]
         key = next((".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known), ".".join(path))
-        shown = "" if not key or isinstance(item["input"], Mapping | BaseModel) else f" is {item['input']!r}, but"
+        index = "".join(f"[{part}]" for part in item["loc"][key.count(".") + 1 :] if isinstance(part, int))
+        shown = "" if not key or isinstance(item["input"], Mapping | BaseModel) else f" is {_shown(item['input'])}, but"
         if item["type"] == "missing":
             messages.setdefault(key, []).append("is missing")
             continue
         wanted = item["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("tuple", "list")
         quotes = " (in quotes)" if item["type"] == "string_type" and isinstance(item["input"], int | float) else ""
-        messages.setdefault(f"{key}{shown}", []).append(wanted + quotes)
+        messages.setdefault(f"{key}{index}{shown}", []).append(wanted + quotes)
     return "; ".join(f"{what} {' or '.join(dict.fromkeys(wanted))}".strip() for what, wanted in messages.items())
 
 
@@ -262,7 +263,9 @@ def _settle(cls: type[Config], data: Mapping[str, Any], rules: Mapping[str, KeyR
     moved: dict[str, Any] = {}
     for key, value in leaves(data, stop={*known, *rules}):
         rule = rules.get(key)
-        if key in known:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            result.errors.append(f"{key} is {_shown(value)}, but whole numbers go up to {2**63 - 1}")
+        elif key in known:
             _put(result.data, key, value)
         elif any(name.startswith(f"{key}.") for name in [*known, *rules]):
             if value is not None:  # a section that is named but left empty is nothing
@@ -304,6 +307,12 @@ def _section_of(field: FieldInfo) -> type[Config] | None:
     return sections[0] if sections else None
 
 
+def _shown(value: Any) -> str:
+    """A value as messages have it: what is wrong with a very long one is seen at its start."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
 def _is_broken(value: Any) -> bool:
     """Whether it is text with bytes of another encoding in it, which Python keeps as lone surrogates."""
     return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
@@ -314,12 +323,23 @@ def _is_placeholder(value: Any) -> bool:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML with the surprises of YAML 1.1 taken out: ``on`` is text, ``1e-4`` a number, keys stand once."""
+    """Safe YAML with the surprises of YAML 1.1 taken out: ``on`` is text, ``1e-4`` a number, keys stand once.
+
+    Numbers are read as YAML 1.2 does: ``010`` is ten, ``0x10`` and ``1_000`` are text.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        """A decimal number, which Python does not read from thousands of digits."""
+        try:
+            return int(node.value)
+        except ValueError as error:
+            problem = f"{_shown(node.value)} is no whole number, or a very long one"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping with text keys; raises on a key that stands twice."""
@@ -339,13 +359,39 @@ for _name, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
 ):
     _StrictLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
+_StrictLoader.add_constructor(_TAG + "int", _StrictLoader.construct_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML with quotes round all text that ``_StrictLoader`` or a reader of YAML 1.1 takes for something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_StrictLoader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_StrictLoader.yaml_implicit_resolvers}
+    }
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Text; line ends that are none of ours are escaped, since PyYAML would fold them or read them as ours."""
+        style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+        return self.represent_scalar(_TAG + "str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _load(text: str) -> Any:
     """The one YAML document in ``text``, safely."""
     loader = _StrictLoader(text)
+    loader.deep_construct = True  # at once, not later: so what holds itself is refused, and not built
     try:
         return loader.get_single_data()
+    except RecursionError as error:
+        raise yaml.YAMLError("lists or mappings stand too deep in each other") from error
+    except (AttributeError, LookupError, ValueError) as error:  # what PyYAML lets through for !!bool x and its like
+        raise yaml.YAMLError(f"a value is not of the type that its !! names ({error})") from error
     finally:
         loader.dispose()
 
