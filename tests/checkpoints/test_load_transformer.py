@@ -207,8 +207,9 @@ def test_damaged_files_are_named(damaged: Path, transformer, tmp_path: Path) -> 
         load_transformer(damaged)
     torch.save(transformer.state_dict(), tmp_path / "x.pt")
     whole = (tmp_path / "x.pt").read_bytes()
-    for cut in (0, 10, len(whole) // 2, len(whole) - 9):
-        (tmp_path / "x.pt").write_bytes(whole[:cut])
+    parts = [whole[:cut] for cut in (0, 10, len(whole) // 2, len(whole) - 9)]
+    for content in (*parts, b"abc", b"\x80\x02X", b"(K", b"\x80\x02X\x01\0\0\0\xe9.", b"h\x05."):
+        (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"x.pt: truncated, or not a file of plain weights") as error:
             load_transformer(tmp_path / "x.pt", num_heads=2)
         assert "\n" not in str(error.value)
