@@ -261,6 +261,32 @@ def test_architecture_holds_what_was_given():
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model_config.patch_size=[1, 2, 0]", "patch_size[2] is 0"),
+        ("model_config.patch_size=[-1, 2, 2]", "patch_size[0] is -1"),
+        ("model_config.freq_dim=15", "freq_dim is 15, but should be a multiple of 2"),
+        ("model_config.dim=1000000000000", "model_config.dim is 1000000000000"),
+        ("model_config.num_layers=1000000", "model_config.num_layers is 1000000"),
+        ("lora_config.rank=1000000", "lora_config.rank is 1000000"),
+        ("optimizer_config.betas=[1.5, 0.9]", "optimizer_config.betas[0] is 1.5, but should be less than 1"),
+        ("optimizer_config.lr=1e300", "optimizer_config.lr is 1e+300"),
+        ("optimizer_config.eps=1e-300", "optimizer_config.eps is 1e-300"),
+        ("scheduler_config.base_shift=1000", "scheduler_config.base_shift is 1000"),
+        ("scheduler_config.max_shift=-1000", "scheduler_config.max_shift is -1000"),
+        ("validation_config.save_fps=1e300", "validation_config.save_fps is 1e+300"),
+        ("validation_config.num_videos=10000000", "validation_config.num_videos is 10000000"),
+        (f"training_iteration={10**400}", "training_iteration is 1000"),
+        (f"warmup_steps={10**400}", "warmup_steps is 1000"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_refused(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, None, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model_config.text_len=512", "text_encoder_config.text_len=226"], "text_len is 512"),

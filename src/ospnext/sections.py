@@ -9,7 +9,11 @@ from ospnext.config import Config
 DType = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32", "float"]
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash4"]
 ScaleMax = Annotated[float, Field(ge=2.0**-8, le=384)]
-Shift = Annotated[float, Field(ge=0.01, le=1000)]  # beyond it float32 has no noise levels between 0 and 1
+SHIFTS = (0.01, 1000.0)  # beyond them float32 has no noise levels between 0 and 1
+Shift = Annotated[float, Field(ge=SHIFTS[0], le=SHIFTS[1])]
+Width = Annotated[int, Field(ge=1, le=2**20)]  # with patches of at most 64: beyond, torch cannot count a weight's bytes
+Patch = Annotated[int, Field(ge=1, le=64)]
+Fps = Annotated[float, Field(ge=0.1, le=1000)]
 Format = Literal["hif8", "none"]
 
 
@@ -44,23 +48,27 @@ class ModelConfig(QuantKeys):
     pretrained_model_dir_or_checkpoint: str | None = Field(
         default=None, description="weights: a folder or a single file"
     )
-    patch_size: tuple[int, int, int] | None = Field(default=None, description="latent patch (t, h, w) of one token")
-    text_len: int | None = Field(default=None, ge=1, description="text tokens the transformer reads")
-    in_dim: int | None = Field(default=None, ge=1, description="latent channels in")
-    out_dim: int | None = Field(default=None, ge=1, description="latent channels out")
-    dim: int | None = Field(default=None, ge=1, description="width of the hidden states")
-    ffn_dim: int | None = Field(default=None, ge=1, description="width inside the feed-forward layers")
-    freq_dim: int | None = Field(default=None, ge=1, description="width of the sinusoidal time embedding")
-    text_dim: int | None = Field(default=None, ge=1, description="width of the text embeddings")
-    num_heads: int | None = Field(default=None, ge=1, description="attention heads")
-    num_layers: int | None = Field(default=None, ge=1, description="transformer blocks")
+    patch_size: tuple[Patch, Patch, Patch] | None = Field(
+        default=None, description="latent patch (t, h, w) of one token"
+    )
+    text_len: Width | None = Field(default=None, description="text tokens the transformer reads")
+    in_dim: Width | None = Field(default=None, description="latent channels in")
+    out_dim: Width | None = Field(default=None, description="latent channels out")
+    dim: Width | None = Field(default=None, description="width of the hidden states")
+    ffn_dim: Width | None = Field(default=None, description="width inside the feed-forward layers")
+    freq_dim: Width | None = Field(
+        default=None, multiple_of=2, description="width of the sinusoidal time embedding, even"
+    )
+    text_dim: Width | None = Field(default=None, description="width of the text embeddings")
+    num_heads: Width | None = Field(default=None, description="attention heads")
+    num_layers: int | None = Field(default=None, ge=1, le=1000, description="transformer blocks")
     qk_norm: bool | None = Field(default=None, description="normalise queries and keys")
     cross_attn_norm: bool | None = Field(default=None, description="normalise before cross-attention")
-    eps: float | None = Field(default=None, gt=0, description="epsilon of the norms")
+    eps: float | None = Field(default=None, gt=0, le=1, description="epsilon of the norms")
     skiparse_model_type: Literal["full", "dual_end", "uniform"] | None = Field(
         default=None, description="which blocks are sparse: full none, dual_end all but both ends, uniform all"
     )
-    sparse_ratio: int | None = Field(default=None, ge=1, description="P: a sparse block has P*P segments")
+    sparse_ratio: int | None = Field(default=None, ge=1, le=1000, description="P: a sparse block has P*P segments")
     num_full_blocks: int | None = Field(default=None, ge=0, description="dense blocks among num_layers")
     skiparse_pattern: Literal["2d", "1d"] | None = Field(
         default=None, description="the sparse pattern: 2d, or 1d to compare"
@@ -82,9 +90,7 @@ class VAEConfig(Config):
 class TextEncoderConfig(Config):
     """The text encoder and its tokenizer."""
 
-    text_len: int | None = Field(
-        default=None, ge=1, description="text tokens; default: the transformer's (512 for Wan)"
-    )
+    text_len: Width | None = Field(default=None, description="text tokens; default: the transformer's (512 for Wan)")
     checkpoint_path: str | None = Field(
         default=None, description="weights: models_t5_umt5-xxl-enc-bf16.pth or a folder"
     )
@@ -95,8 +101,10 @@ class TextEncoderConfig(Config):
 class LoraConfig(Config):
     """The adapter that is trained in place of the model's weights."""
 
-    rank: int = Field(default=32, ge=1, description="rows of A and columns of B: how much an adapter can learn")
-    alpha: float = Field(default=64, gt=0, description="an adapter adds alpha / rank times B A to a weight")
+    rank: int = Field(
+        default=32, ge=1, le=2**14, description="rows of A and columns of B: how much an adapter can learn"
+    )
+    alpha: float = Field(default=64, gt=0, le=10**6, description="an adapter adds alpha / rank times B A to a weight")
     target_modules: tuple[str, ...] = Field(
         default=tuple(f"{attention}.{layer}" for attention in ("self_attn", "cross_attn") for layer in "qkvo"),
         min_length=1,

@@ -286,7 +286,17 @@ def test_latents_that_are_no_whole_patches_are_refused(shape: tuple[int, int, in
         build(SPARSE)(*inputs(shape))
 
 
-@pytest.mark.parametrize("changes", [{"num_heads": 5}, {"dim": 22, "num_heads": 2}, {"num_layers": 5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads": 5},
+        {"dim": 22, "num_heads": 2},
+        {"num_layers": 5},
+        {"freq_dim": 15},
+        {"patch_size": (1, 2, 0)},
+        {"patch_size": (-1, 2, 2)},
+    ],
+)
 def test_sizes_that_do_not_go_together_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match="must be"):
         OSPNextTransformer3DModel(**{**SPARSE, **changes})

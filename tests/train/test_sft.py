@@ -65,6 +65,7 @@ SETTINGS = {
 }
 
 
+DYNAMIC = {"scheduler_config__use_dynamic_shifting": True}
 MEASURED = ("seconds_per_step", "memory_gib", "tokens_per_second", "tflops_per_second", "flops_utilisation")
 
 
@@ -283,6 +284,15 @@ def test_training_teaches(tmp_path, vae_folder):
         ({"data_config__dataset_config__sample_width": 40}, "sample_width is 40: these networks need a multiple of 16"),
         ({"data_config__dataset_config__num_clips": 10**12}, "num_clips is 1000000000000, but should be"),
         ({"optimizer_config__learning_rate": 1}, "unknown key 'optimizer_config.learning_rate'"),
+        (DYNAMIC | {"scheduler_config__base_image_seq": 4096}, "base_image_seq and max_image_seq are both 4096"),
+        (
+            DYNAMIC | {"scheduler_config__base_image_seq": 4095},
+            "use_dynamic_shifting shifts by 0 for the 6 tokens of a frame here",
+        ),
+        (
+            DYNAMIC | {"scheduler_config__base_image_seq": 4095, "scheduler_config__base_shift": 2},
+            "use_dynamic_shifting shifts by inf for the 6 tokens of a frame here",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_trained(tmp_path, vae_folder, capsys, settings, said):

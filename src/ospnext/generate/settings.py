@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ospnext.config import Config, ConfigError, describe_errors
-from ospnext.sections import DType, RunConfig, SchedulerConfig, Shift
+from ospnext.sections import DType, Fps, RunConfig, SchedulerConfig, Shift
 
 Frames = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=16)]
@@ -117,7 +117,7 @@ class GenerateConfig(RunConfig):
     num_frames: Frames | None = Field(default=None, description=f"frames, 4k+1; {_model_or_wan('num_frames')}")
     height: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('height')}")
     width: Pixels | None = Field(default=None, description=f"pixels, multiple of 16; {_model_or_wan('width')}")
-    save_fps: float = Field(default=16, ge=0.1, le=1000, description="frames per second of the files")
+    save_fps: Fps = Field(default=16, description="frames per second of the files")
     scheduler_config: SamplerConfig = SamplerConfig()
     sampler: SamplerName | None = Field(default=None, description=f"euler | unipc; {_model_or_wan('sampler')}")
     weight_dtype: DType = Field(

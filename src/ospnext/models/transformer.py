@@ -162,7 +162,7 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         in_dim, out_dim: latent channels.
         dim: width, ``num_heads`` times an even head size.
         ffn_dim: width of the feed-forward.
-        freq_dim: size of the sinusoidal time embedding.
+        freq_dim: size of the sinusoidal time embedding, even.
         text_dim: width of the text encoder.
         num_heads, num_layers: attention heads and blocks.
         eps: of all norms.
@@ -201,6 +201,10 @@ class OSPNextTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if dim % num_heads or dim // num_heads % 2:
             raise ValueError(f"dim {dim} must be num_heads ({num_heads}) times an even head size")
+        if freq_dim % 2:
+            raise ValueError(f"freq_dim {freq_dim} must be even: as many sines as cosines")
+        if min(patch_size) < 1:
+            raise ValueError(f"patch_size {list(patch_size)} must be whole numbers from 1")
         self.layouts = block_layouts(num_layers, skiparse_model_type, sparse_ratio, num_full_blocks, skiparse_pattern)
         self.switch = Switch()
         frames, rows, columns = patch_size  # a list where the config was read from JSON

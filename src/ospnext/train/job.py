@@ -32,6 +32,7 @@ from ospnext.parallel.apply import Fit
 from ospnext.parallel.launch import Launch, place
 from ospnext.parallel.ownership import segment_count
 from ospnext.quant.settings import SAVED, quant_keys, recipe
+from ospnext.train.noise import shift_of
 from ospnext.train.settings import TrainConfig
 
 
@@ -101,6 +102,7 @@ def settle(config: TrainConfig, launch: Launch) -> Job:
         encoder = load_text_encoder(sources.text_encoder, device="meta")
     check_fit(config, settings, vae, encoder, tokenizer)
     latents = latent_shape(config, vae)
+    shift_of(latents, config.scheduler_config)  # refuses what leaves no noise levels
     if config.data_config.dataset_name == "shapes":
         return Job(device, sizes, sources, settings, tokenizer, latents, None, notices, adapter)
     loader = open_videos(config, tokenizer, settings["text_len"], rank, sizes.sizes.dp)
@@ -233,6 +235,7 @@ def open_encoded(
     firsts = [Draw(0, int(group[0]), place) for place, group in enumerate(dataset.groups) if len(group)]
     samples = [dataset[draw] for draw in firsts]
     for sample in samples:
+        shift_of(sample.latents.shape, config.scheduler_config)  # refuses what leaves no noise levels
         for key, what, found in (
             ("in_dim", "latent channels", sample.latents.shape[0]),
             ("out_dim", "latent channels", sample.latents.shape[0]),

@@ -3,13 +3,16 @@
 So they are the same on one process and on many, in small batches and in large ones, and when a run is resumed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ospnext.config import ConfigError
 from ospnext.flow.path import dynamic_shift, interpolate, noise_levels
+from ospnext.sections import SHIFTS
 from ospnext.train.settings import NoiseConfig
 
 
@@ -22,11 +25,26 @@ class Noisy(NamedTuple):
 
 
 def shift_of(latents: Sequence[int], noise: NoiseConfig) -> float:
-    """The shift of the noise levels for latents of a shape ``[..., h, w]``; dynamic shift counts tokens of 2 x 2."""
+    """The shift of the noise levels for latents of a shape ``[..., h, w]``; dynamic shift counts tokens of 2 x 2.
+
+    Raises:
+        ConfigError: the line of dynamic shifting leads out of ``SHIFTS`` for these latents.
+    """
     if not noise.use_dynamic_shifting:
         return noise.shift
     tokens = latents[-2] * latents[-1] // 4
-    return dynamic_shift(tokens, noise.base_image_seq, noise.max_image_seq, noise.base_shift, noise.max_shift)
+    line = noise.base_image_seq, noise.max_image_seq, noise.base_shift, noise.max_shift
+    try:
+        shift = dynamic_shift(tokens, *line)
+    except OverflowError:
+        shift = math.inf
+    if not SHIFTS[0] <= shift <= SHIFTS[1]:
+        raise ConfigError(
+            f"scheduler_config.use_dynamic_shifting shifts by {shift:g} for the {tokens} tokens of a frame here, not "
+            f"by {SHIFTS[0]:g} to {SHIFTS[1]:g}: move base_image_seq ({line[0]}) and max_image_seq ({line[1]}) apart, "
+            f"or base_shift ({line[2]:g}) and max_shift ({line[3]:g}) together"
+        )
+    return shift
 
 
 def add_noise(latents: Tensor, seeds: Sequence[int], noise: NoiseConfig) -> Noisy:

@@ -1,11 +1,15 @@
 """What ``ospnext train`` can be told."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ospnext.config import Config
-from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, Shift, TextEncoderConfig
+from ospnext.sections import Fps, LoraConfig, RunConfig, SchedulerConfig, Shift, TextEncoderConfig
+
+LogShift = Annotated[float, Field(ge=-4.6, le=6.9)]  # of a Shift
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class NoiseConfig(SchedulerConfig):
@@ -15,13 +19,22 @@ class NoiseConfig(SchedulerConfig):
     use_dynamic_shifting: bool = Field(default=False, description="shift by exp of a line in the tokens of one frame")
     base_image_seq: int = Field(default=256, ge=1, description="tokens at which the line is base_shift")
     max_image_seq: int = Field(default=4096, ge=1, description="tokens at which the line is max_shift")
-    base_shift: float = Field(default=0.5, description="the line at base_image_seq")
-    max_shift: float = Field(default=1.15, description="the line at max_image_seq")
+    base_shift: LogShift = Field(default=0.5, description="the line at base_image_seq")
+    max_shift: LogShift = Field(default=1.15, description="the line at max_image_seq")
     use_logitnorm_time_sampling: bool = Field(
         default=False, description="sigmoid of a normal instead of uniform levels"
     )
     logit_mean: float = Field(default=0.0, description="mean of that normal")
     logit_std: float = Field(default=1.0, gt=0, description="standard deviation of that normal")
+
+    @model_validator(mode="after")
+    def _a_line(self) -> Self:
+        if self.use_dynamic_shifting and self.base_image_seq == self.max_image_seq:
+            raise ValueError(
+                f"base_image_seq and max_image_seq are both {self.max_image_seq}: use_dynamic_shifting needs a line "
+                "through two points"
+            )
+        return self
 
 
 class SharedTextEncoderConfig(TextEncoderConfig):
@@ -38,12 +51,12 @@ class DatasetConfig(Config):
     metafile_or_dir_path: str | None = Field(
         default=None, description="wan_t2v: the store of data build; latents: the folder of data encode"
     )
-    train_fps: float | None = Field(default=16, gt=0, description="frames per second of a sample")
+    train_fps: float | None = Field(default=16, gt=0, le=1000, description="frames per second of a sample")
     sample_stride: int | None = Field(
         default=None, ge=1, description="take every n-th frame instead, whatever the rate"
     )
     keep_chinese: bool = Field(default=False, description="leave Chinese characters in captions")
-    timeout: float = Field(default=600.0, gt=0, description="seconds that reading a clip may take")
+    timeout: float = Field(default=600.0, gt=0, le=10**6, description="seconds that reading a clip may take")
     sample_height: int = Field(default=480, ge=16, description="pixels, a multiple of 16")
     sample_width: int = Field(default=832, ge=16, description="pixels, a multiple of 16")
     sample_num_frames: int = Field(default=49, ge=1, description="frames, 4k+1")
@@ -73,10 +86,10 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """AdamW."""
 
-    lr: float = Field(default=1e-4, gt=0, description="learning rate, after warm-up")
-    weight_decay: float = Field(default=1e-2, ge=0, description="decoupled weight decay")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the two moments")
-    eps: float = Field(default=1e-15, gt=0, description="added to the root of the second moment")
+    lr: LearningRate = Field(default=1e-4, description="learning rate, after warm-up")
+    weight_decay: float = Field(default=1e-2, ge=0, le=1000, description="decoupled weight decay")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="decay of the two moments")
+    eps: float = Field(default=1e-15, ge=1e-37, le=1, description="added to the root of the second moment")
 
 
 class DistillationConfig(Config):
@@ -109,14 +122,14 @@ class ValidationConfig(Config):
         description="file with a prompt a line, or a prompt; the shapes dataset has its own, of held-out scenes that "
         "are graded",
     )
-    num_videos: int = Field(default=4, ge=1, description="videos each time: the first so many prompts")
+    num_videos: int = Field(default=4, ge=1, le=10_000, description="videos each time: the first so many prompts")
     seed: int = Field(default=1, ge=0, lt=2**62, description="of the noise; video i has seed + i")
     num_inference_steps: int | None = Field(
-        default=None, ge=1, description="sampling steps; default: 20 for shapes, else 50"
+        default=None, ge=1, le=10_000, description="sampling steps; default: 20 for shapes, else 50"
     )
     guidance_scale: float | None = Field(default=None, ge=0, description="guidance; default: 4 for shapes, else 5")
     shift: Shift | None = Field(default=None, description="of the noise levels; default: 3 for shapes, else 7")
-    save_fps: float = Field(default=16, gt=0, description="frames per second of the files")
+    save_fps: Fps = Field(default=16, description="frames per second of the files")
 
 
 class TrackerConfig(Config):

@@ -23,6 +23,7 @@ from ospnext.shapes.world import BACKGROUNDS, COLOURS, MOTIONS, RADII, REACH, Sc
 from ospnext.train.clips import sample_scenes
 from ospnext.train.log import Losses
 from ospnext.train.loop import LoopSettings, fit
+from ospnext.train.settings import LearningRate
 
 VOCABULARIES = {
     "shape": tuple(REACH),
@@ -48,7 +49,7 @@ class TextTrainConfig(Config):
     batch_size: int = Field(128, ge=1, description="captions of a step")
     training_iteration: int = Field(3000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(None, gt=0, description="save and stop after it; start again to go on")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    lr: LearningRate = Field(2e-3, description="peak learning rate")
     log_interval: int = Field(100, ge=1, description="steps between log lines")
 
 

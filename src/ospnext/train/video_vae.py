@@ -23,6 +23,7 @@ from ospnext.sections import DType
 from ospnext.train.clips import ClipSize, WorldName, random_crops, render_pool, sample_scenes, to_video
 from ospnext.train.log import Losses
 from ospnext.train.loop import LoopSettings, fit
+from ospnext.train.settings import LearningRate
 
 
 class VAEArchitecture(Config):
@@ -87,7 +88,7 @@ class VAETrainConfig(Config):
     whole_from: float = Field(0.6, ge=0, le=1, description="share of the run after which whole clips are used")
     training_iteration: int = Field(8000, ge=1, description="optimiser steps in all")
     time_budget_minutes: float | None = Field(None, gt=0, description="save and stop after it; start again to go on")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: LearningRate = Field(1e-3, description="peak learning rate")
     warmup_steps: int = Field(200, ge=0, description="steps in which the learning rate rises")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")

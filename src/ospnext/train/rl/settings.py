@@ -7,9 +7,9 @@ from pydantic import Field, model_validator
 from ospnext.config import Config
 from ospnext.flow.sde import NOISE_LEVELS
 from ospnext.rewards.settings import RewardConfig
-from ospnext.sections import LoraConfig, RunConfig, SchedulerConfig, Shift
+from ospnext.sections import Fps, LoraConfig, RunConfig, SchedulerConfig, Shift
 from ospnext.train.rl.window import Window
-from ospnext.train.settings import OptimizerConfig, TrackerConfig
+from ospnext.train.settings import LearningRate, OptimizerConfig, TrackerConfig
 
 
 class RLSchedulerConfig(SchedulerConfig):
@@ -23,9 +23,9 @@ class RLSchedulerConfig(SchedulerConfig):
 class RLOptimizerConfig(OptimizerConfig):
     """AdamW, over the adapter alone."""
 
-    lr: float = Field(default=5e-4, gt=0, description="learning rate")
+    lr: LearningRate = Field(default=5e-4, description="learning rate")
     resume_override_lr: bool = Field(default=False, description="use resume_lr when a run is resumed")
-    resume_lr: float | None = Field(default=None, gt=0, description="learning rate of a resumed run")
+    resume_lr: LearningRate | None = Field(default=None, description="learning rate of a resumed run")
 
 
 class GRPOConfig(Config):
@@ -42,7 +42,7 @@ class GRPOConfig(Config):
     height: int = Field(default=720, ge=16, description="pixels")
     width: int = Field(default=1280, ge=16, description="pixels")
     num_frames: int = Field(default=81, ge=1, description="frames, 4k+1")
-    save_fps: float = Field(default=16, gt=0, description="frames per second that videos are deployed and judged at")
+    save_fps: Fps = Field(default=16, description="frames per second that videos are deployed and judged at")
     num_inference_steps: int = Field(default=20, ge=2, le=10_000, description="steps of a rollout")
     guidance_scale: float = Field(default=5.0, ge=0, description="classifier-free guidance, off up to 1")
     guidance_mode: Literal["batched", "sequential"] = Field(
