@@ -89,6 +89,21 @@ def test_a_video_that_cannot_be_written_ends_no_run(tmp_path: Path, vae_folder: 
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 5]
 
 
+def test_a_long_prompt_is_one_and_a_file_that_is_missing_is_named(
+    tmp_path: Path, vae_folder: Path, capsys: Capture
+) -> None:
+    few = SOME | {"training_iteration": 1, "validation_config__num_inference_steps": 1}
+    assert train(tmp_path / "run", vae_folder, **few, validation_config__prompts="A red star spins. " * 40) == 0
+    assert [line["videos"] for line in lines(tmp_path / "run")] == [1]
+    capsys.readouterr()
+    for place, said in ((tmp_path / "none.txt", "No such file"), (tmp_path, f"{tmp_path} is a folder")):
+        assert train(tmp_path / "other", vae_folder, **SOME, validation_config__prompts=place) == 2
+        error = capsys.readouterr().err
+        assert str(place) in error
+        assert said in error
+    assert not (tmp_path / "other").exists()
+
+
 def test_prompts_that_are_missing_are_said_first(tmp_path: Path, vae_folder: Path, capsys: Capture) -> None:
     small_text_encoder(32, len(ByT5Tokenizer())).save_pretrained(tmp_path / "text_encoder")
     noise = {"data_config__dataset_name": "t2v_random", "train_text_encoder": False}

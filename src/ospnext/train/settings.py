@@ -119,8 +119,8 @@ class ValidationConfig(Config):
     )
     prompts: str | None = Field(
         default=None,
-        description="file with a prompt a line, or a prompt; the shapes dataset has its own, of held-out scenes that "
-        "are graded",
+        description="file with a prompt a line (ends in .txt, or exists), else a prompt; the shapes dataset has its "
+        "own, of held-out scenes that are graded",
     )
     num_videos: int = Field(default=4, ge=1, le=10_000, description="videos each time: the first so many prompts")
     seed: int = Field(default=1, ge=0, lt=2**62, description="of the noise; video i has seed + i")

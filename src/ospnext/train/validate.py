@@ -24,7 +24,7 @@ from ospnext.config import ConfigError
 from ospnext.device import resolve_dtype, working_dtype
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
-from ospnext.generate.settings import read_prompt_file
+from ospnext.generate.settings import prompts_in
 from ospnext.generate.videos import to_uint8
 from ospnext.media import write_video
 from ospnext.models.text import WAN_NEGATIVE_PROMPT
@@ -67,6 +67,7 @@ def ask(config: TrainConfig) -> Asked | None:
 
     Raises:
         ConfigError: there are none, or what is to make videos of them is missing.
+        FileNotFoundError, PermissionError: the file of prompts cannot be read.
     """
     validation, data = config.validation_config, config.data_config
     if validation.interval is None:
@@ -79,8 +80,7 @@ def ask(config: TrainConfig) -> Asked | None:
                 "vae_config.vae_path, text_encoder_config.checkpoint_path and text_tokenizer_path too"
             )
     if validation.prompts is not None:
-        path = Path(validation.prompts)
-        prompts = read_prompt_file(validation.prompts) if path.is_file() else [validation.prompts]
+        prompts = prompts_in("validation_config.prompts", validation.prompts)
         return Asked(prompts[: validation.num_videos], None)
     if data.dataset_name != "shapes":
         raise ConfigError("validation_config.interval is set, but validation_config.prompts is missing: name a file")
