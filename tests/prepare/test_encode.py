@@ -283,6 +283,35 @@ def test_training_runs_on_encoded_clips_and_refuses_others(
         assert not (tmp_path / "other").exists()
 
 
+def test_a_state_of_encoded_clips_is_exported_with_their_vae_and_sizes(
+    encoded: Path, paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    clips = shutil.copytree(encoded, tmp_path / "clips")
+    assert train(tmp_path / "run", "latents", clips, {}, training_iteration=1) == 0
+    assert "no pipeline: VAE" in capsys.readouterr().out
+    state, others = tmp_path / "run/iter_000000001", save_encoders(tmp_path / "others", seed=1)
+
+    def export(to: str, vae: str) -> int:
+        keys = ("text_encoder_path", "tokenizer_path")
+        given = [f"{key}={path}" for key, path in zip(keys, list(paths.values())[1:], strict=True)]
+        return main(["export", str(state), str(tmp_path / to), f"vae_path={vae}", *given])
+
+    own, other = paths["vae_config.vae_path"], others["vae_config.vae_path"]
+    capsys.readouterr()
+    assert export("other", other) == 2
+    said = capsys.readouterr().err
+    assert f"{other} is not the VAE that made {clips}" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+    assert export("own", own) == 0
+    sizes = ("num_frames", "height", "width")
+    defaults = json.loads((tmp_path / "own/model_index.json").read_text())["defaults"]
+    assert [defaults[name] for name in sizes] == [9, 48, 32], "of the largest clips"
+    shutil.rmtree(clips)
+    assert export("gone", other) == 0
+    assert not {*sizes} & json.loads((tmp_path / "gone/model_index.json").read_text())["defaults"].keys()
+
+
 def test_training_on_encoded_clips_makes_videos_with_networks_it_does_without(
     encoded: Path, paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

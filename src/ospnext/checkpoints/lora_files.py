@@ -32,7 +32,7 @@ from ospnext.checkpoints.lora_keys import (
     read_keys,
 )
 from ospnext.checkpoints.read import CheckpointError, WeightFile, list_names
-from ospnext.checkpoints.save import let_others_read
+from ospnext.checkpoints.save import let_others_read, written_safely
 
 WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 WRITTEN = ("peft", "diffusers", "comfyui")
@@ -295,7 +295,8 @@ def write_adapter(
         target = target / _DIFFUSERS
     with new_file(target) as draft:
         tensors = _comfyui_tensors(adapter) if to == "comfyui" else _diffusers_tensors(adapter)
-        save_file(tensors, draft, metadata=_header(adapter, to))
+        with written_safely():
+            save_file(tensors, draft, metadata=_header(adapter, to))
         let_others_read(draft)
     return target
 
@@ -303,7 +304,8 @@ def write_adapter(
 def write_into(adapter: Adapter, folder: Path, base: str | None = None, torch_file: bool = False) -> None:
     """Peft's style into a folder that is there, which the caller makes whole."""
     assert not adapter.diffs, "PEFT has no keys for them"
-    save_file(_named(adapter, "base_model.model.{}.lora_{}.weight"), folder / WEIGHTS, metadata={"format": "pt"})
+    with written_safely():
+        save_file(_named(adapter, "base_model.model.{}.lora_{}.weight"), folder / WEIGHTS, metadata={"format": "pt"})
     let_others_read(folder / WEIGHTS)
     if torch_file:
         torch.save(_named(adapter, "base_model.model.{}.lora_{}.default.weight"), folder / TORCH_WEIGHTS)

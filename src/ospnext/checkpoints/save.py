@@ -5,8 +5,10 @@
 A folder gets config.json, safetensors shards and their index; ``pt`` is one flat file and keeps no settings.
 """
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,16 +114,37 @@ def check_target(path: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Around other libraries' ``save_pretrained``: no progress bar for a moment's work, and files others may read."""
+    """Around other libraries' ``save_pretrained``: no progress bar for a moment's work, and files others may read.
+
+    Raises:
+        OSError: as ``written_safely``.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with written_safely():
+            yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
     for path in folder.rglob("*.safetensors"):
         let_others_read(path)
+
+
+@contextmanager
+def written_safely() -> Iterator[None]:
+    """Around safetensors' writing: a full disk is the system's error, to which drafts give the name of their place.
+
+    Raises:
+        OSError: what safetensors says in an error of its own, which is not even a ValueError.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(errno.EIO, " ".join(str(error).split())[:160]) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def let_others_read(path: Path) -> None:

@@ -6,21 +6,28 @@ ospnext export runs/osp_14b_lora/iter_000002000 out/adapter
 ospnext export runs/osp_14b_lora/iter_000002000 out/pipeline merge=true
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKLWan
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from ospnext.checkpoints.components import pipeline_folder
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
 from ospnext.checkpoints.lora import adapter_from
 from ospnext.checkpoints.lora_files import Adapter, write_adapter
 from ospnext.checkpoints.merge import merged_transformer
+from ospnext.checkpoints.read import list_names
 from ospnext.config import Config, ConfigError, load_config, read_yaml
 from ospnext.config_keys import key_rules
+from ospnext.data.buckets import Bucket
+from ospnext.data.latents import INDEX, module_fingerprint, read_index, settings_fingerprint
 from ospnext.device import resolve_dtype
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
@@ -37,6 +44,8 @@ from ospnext.train.state import ALPHAS
 # How the small models of the shapes world are sampled unless a call says otherwise, and those of Wan's size.
 SMALL: dict[str, Any] = {"shift": 3.0, "num_inference_steps": 20, "guidance_scale": 4.0}
 LARGE: dict[str, Any] = {"shift": 7.0, "num_inference_steps": 50, "guidance_scale": 5.0}
+
+_PIPELINE = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # what is in one
 
 
 class ExportConfig(Config):
@@ -60,6 +69,8 @@ def run(config: ExportConfig) -> str:
     state, to = Path(config.state), Path(config.dst)
     if to.exists():
         raise ConfigError(f"{to} is there already: choose another dst, or remove it")
+    if to.is_symlink():
+        raise ConfigError(f"{to} is a link to {to.readlink()}, where nothing is: choose another dst, or remove it")
     if not (state / RECORD).is_file():
         raise ConfigError(f"{state}: no state of a training run (there is no {RECORD}): name an iter_ folder")
     snapshot = state.parent / SETTINGS
@@ -86,6 +97,56 @@ def run(config: ExportConfig) -> str:
     else:
         export_pipeline(own, state, to, config.weights)
     return f"saved {to}: the {config.weights} weights of {state}"
+
+
+def output_of(config: TrainConfig) -> Path | None:
+    """What a run writes at its end: an adapter, or a pipeline folder; None where it does not know all parts of one."""
+    if config.lora_config is not None:
+        return Path(config.output_dir) / "adapter"
+    text = config.text_encoder_config
+    parts = config.vae_config.vae_path, text.checkpoint_path, text.text_tokenizer_path
+    if config.model is None and config.data_config.dataset_name == "latents" and None in parts:
+        return None
+    return Path(config.output_dir) / "pipeline"
+
+
+def spare_sources(config: TrainConfig) -> None:
+    """Refuse a run that would overwrite at its end what it starts from, and reads again whenever it goes on.
+
+    Raises:
+        ConfigError: what is read, or something else, lies where the result is written; or as ``find_sources``.
+    """
+    to = output_of(config)
+    if to is None:
+        return
+    if config.lora_config is None:
+        _check_replaceable(to)
+    own = [
+        *("model_config.pretrained_model_dir_or_checkpoint", "vae_config.vae_path"),
+        *("text_encoder_config.checkpoint_path", "text_encoder_config.text_tokenizer_path"),
+    ]
+    found = zip(own if config.model is None else ["model"] * len(own), find_sources(config)[0], strict=True)
+    teacher, lora = config.distillation_config.teacher, config.lora_config
+    read = [
+        ("model", None if config.model is None else pipeline_folder(config.model)),
+        *found,
+        ("distillation_config.teacher", None if teacher is None else pipeline_folder(teacher)),
+        ("lora_config.lora_path", None if lora is None or lora.lora_path is None else Path(lora.lora_path)),
+    ]
+    for key, path in read:
+        if path is not None and to.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(
+                f"{key}: {path} is in {to}, which this run overwrites at its end: give another output_dir, or move it"
+            )
+
+
+def _check_replaceable(to: Path) -> None:
+    """Raise ConfigError where a pipeline would replace anything but a pipeline, or what was left of one."""
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"{to}: is a file, where a pipeline folder is to be written: move it")
+    inside = sorted(path.name for path in to.iterdir() if not path.name.startswith(".")) if to.is_dir() else []
+    if foreign := [name for name in inside if name not in _PIPELINE]:
+        raise ConfigError(f"{to}: holds {list_names(foreign, 3)}, no part of the pipeline that replaces it: move it")
 
 
 def trained_adapter(state: Path) -> bool:
@@ -115,34 +176,79 @@ def export_pipeline(config: TrainConfig, state: Path, to: Path, weights: str = "
     Args:
         config: of the run.
         state: one of its states.
-        to: the folder to write.
+        to: the folder to write, whole or not at all; a pipeline that is there is replaced.
         weights: ``average`` or ``live``.
 
     Raises:
-        ValueError: the state is damaged, or something is missing.
+        ValueError: the state is damaged, something is missing, or the VAE is not that of the clips.
+        OSError: it cannot be written.
     """
+    _check_replaceable(to)
     about = read_record(state).get("about", {})
     sources = _sources_of(config, state, about)
     assert sources.vae is not None
     small = config.data_config.dataset_name == "shapes"
-    clip, sampling = config.data_config.dataset_config, SMALL if small else LARGE
+    sampling, clips = SMALL if small else LARGE, _encoded_clips(config, state)
+    vae = _vae_of(config, sources.vae, clips)
     pipeline = OSPNextPipeline(
         _transformer_of(config, state, weights, about, sources.transformer),
-        load_vae(sources.vae, resolve_dtype(config.vae_config.dtype)),
+        vae,
         _text_encoder_of(config, state, weights, about, sources.text_encoder),
         ByT5Tokenizer() if sources.tokenizer is None else load_tokenizer(sources.tokenizer),
         make_scheduler("euler", sampling["shift"]),
         # For small models what the dropped captions of training were; Wan's weights know Wan's.
         negative_prompt="" if small else WAN_NEGATIVE_PROMPT,
         defaults={
-            "height": clip.sample_height,
-            "width": clip.sample_width,
-            "num_frames": clip.sample_num_frames,
+            **_size_of(config, clips),
             "num_inference_steps": sampling["num_inference_steps"],
             "guidance_scale": sampling["guidance_scale"],
         },
     )
-    pipeline.save_pretrained(to)
+    with new_folder(to.resolve()) as draft:  # where it is a link, beside what it leads to
+        pipeline.save_pretrained(draft)
+
+
+def _encoded_clips(config: TrainConfig, state: Path) -> dict[str, Any] | None:
+    """The index of the encoded clips that a state was trained on; None for other data, or where they are gone."""
+    data = config.data_config
+    if data.dataset_name != "latents":
+        return None
+    folder = Path(str(data.dataset_config.metafile_or_dir_path))
+    index = read_index(folder) if (folder / INDEX).is_file() else None
+    read = str((read_record(state).get("data") or {}).get("data"))
+    if index is None or settings_fingerprint(index["settings"]) not in read:  # others have taken their place
+        return None
+    return index
+
+
+def _vae_of(config: TrainConfig, path: Path, clips: Mapping[str, Any] | None) -> AutoencoderKLWan:
+    """The VAE.
+
+    Raises:
+        ConfigError: it is not the one that made the clips, in whichever numbers they were made.
+    """
+    own = resolve_dtype(config.vae_config.dtype)
+    vae = load_vae(path, own)
+    if clips is not None:
+        made = clips["settings"]["vae"]
+        others = (load_vae(path, x) for x in (torch.float32, torch.bfloat16, torch.float16) if x != own)
+        if module_fingerprint(vae) != made and all(module_fingerprint(other) != made for other in others):
+            raise ConfigError(
+                f"{path} is not the VAE that made {config.data_config.dataset_config.metafile_or_dir_path}, from whose "
+                "latents this state learnt: give that one as vae_path"
+            )
+    return vae
+
+
+def _size_of(config: TrainConfig, clips: Mapping[str, Any] | None) -> dict[str, int]:
+    """Height, width and number of frames of the largest samples; nothing where it is not known any more."""
+    clip = config.data_config.dataset_config
+    if config.data_config.dataset_name != "latents":
+        return Bucket(clip.sample_num_frames, clip.sample_height, clip.sample_width)._asdict()
+    if clips is None:
+        return {}
+    shapes = (clips["settings"]["buckets"][group] for _, group, _ in clips["clips"])
+    return Bucket(*max(shapes, key=math.prod))._asdict()
 
 
 def _sources_of(config: TrainConfig, state: Path, about: Mapping[str, Any]) -> Sources:

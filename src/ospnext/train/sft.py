@@ -26,7 +26,7 @@ from ospnext.parallel.apply import describe, describe_checkpointing
 from ospnext.parallel.launch import Launch, agree
 from ospnext.quant.apply import describe as describe_eight_bits
 from ospnext.train.distil import Teacher, build_teacher, check_teacher
-from ospnext.train.export import export_adapter, export_pipeline
+from ospnext.train.export import export_adapter, export_pipeline, output_of, spare_sources
 from ospnext.train.feed import Feed
 from ospnext.train.flops import peak_flops, training_flops
 from ospnext.train.folder import open_folder, write_settings
@@ -57,6 +57,7 @@ def run(config: TrainConfig, launch: Launch | None = None) -> None:
     launch = launch or Launch()
     torch.use_deterministic_algorithms(config.deterministic_training)
     given, config = config, agree(launch, lambda: started_from(config))
+    agree(launch, lambda: spare_sources(config))
     job = agree(launch, lambda: settle(config, launch))
     agree(launch, lambda: check_foreign(config, job))
     agree(launch, lambda: check_teacher(config, job))
@@ -253,25 +254,13 @@ def finish(config: TrainConfig) -> None:
 
     The latter only if the run knows all that belongs to one.
     """
-    state = latest(Path(config.output_dir))
+    state, to = latest(Path(config.output_dir)), output_of(config)
     assert state is not None
-    if config.lora_config is not None:
-        to = Path(config.output_dir) / "adapter"
+    if to is None:
+        print(f"no pipeline: VAE, text encoder and tokenizer are not named; `ospnext export {state} DST` makes one")
+    elif config.lora_config is not None:
         export_adapter(config, state, to)
         print(f"saved {to}; `ospnext export {state} DST merge=true` makes a pipeline with it")
-        return
-    to = Path(config.output_dir) / "pipeline"
-    if (
-        config.model is None
-        and config.data_config.dataset_name == "latents"
-        and None
-        in (
-            config.vae_config.vae_path,
-            config.text_encoder_config.checkpoint_path,
-            config.text_encoder_config.text_tokenizer_path,
-        )
-    ):
-        print(f"no pipeline: VAE, text encoder and tokenizer are not named; `ospnext export {state} DST` makes one")
-        return
-    export_pipeline(config, state, to)
-    print(f"saved {to}")
+    else:
+        export_pipeline(config, state, to)
+        print(f"saved {to}")

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 from transformers import ByT5Tokenizer
 
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.save import saving
 from ospnext.config import Config
 from ospnext.device import device_label, resolve_device
@@ -81,8 +82,8 @@ def run(config: TextTrainConfig) -> None:
         measured = reading_losses(encoder.eval(), heads, ids[:held], {name: v[:held] for name, v in labels.items()})
     print("read right: " + ", ".join(f"{name} {measured[name]:.1%}" for name in VOCABULARIES))
     folder = Path(config.output_dir) / "text_encoder"
-    with saving(folder):
-        encoder.save_pretrained(folder)
+    with new_folder(folder.resolve()) as draft, saving(draft):
+        encoder.save_pretrained(draft)
     print(f"saved {folder}")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from pydantic import Field, model_validator
 
+from ospnext.checkpoints.drafts import new_folder
 from ospnext.checkpoints.memory import require_memory
 from ospnext.checkpoints.save import saving
 from ospnext.config import Config
@@ -230,6 +231,6 @@ def finish(vae: AutoencoderKLWan, pool: torch.Tensor, output_dir: Path, clips: i
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
     psnr = 10 * torch.log10(4 / torch.cat(squared)).mean()
-    with saving(output_dir / "vae"):
-        vae.to(memory_format=torch.contiguous_format).save_pretrained(output_dir / "vae")
+    with new_folder((output_dir / "vae").resolve()) as draft, saving(draft):
+        vae.to(memory_format=torch.contiguous_format).save_pretrained(draft)
     print(f"PSNR {psnr:.2f} dB on {len(latents)} clips of the pool; saved {output_dir / 'vae'}")
