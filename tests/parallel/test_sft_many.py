@@ -1,6 +1,7 @@
 """``ospnext train`` on many processes: the losses and the weights of one, whatever is shared and however it is cut."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -162,6 +163,12 @@ def test_a_run_goes_on_from_osp_nexts_own_folder(
     records = [read_record(newest(tmp_path / name)) for name in ("on", "run")]
     assert [records[0][key] for key in ("step", "clipper")] == [records[1][key] for key in ("step", "clipper")]
     assert cases.train(0, 1, values | {"training_iteration": 5}) == "", "and on, from its own state"
+    shutil.rmtree(old)
+    assert cases.train(0, 1, values | {"training_iteration": 6}) == "", "for which the old folder need not be there"
+    small = {"model_config.dim": "", "model_config.ffn_dim": "", "training_iteration": 7}
+    assert cases.train(0, 1, values | small) == "", "nor sizes, which its weights told"
+    lone = {"distillation_config.weight": 0.5, "training_iteration": 8}
+    assert "is the teacher, and not there any more" in cases.train(0, 1, values | lone)
 
 
 def test_an_old_folder_that_is_not_whole_is_refused_by_name(paths: Any, expected: Any, tmp_path: Path) -> None:
@@ -183,6 +190,53 @@ def test_an_old_folder_that_is_not_whole_is_refused_by_name(paths: Any, expected
     assert "of another model: 2 names or shapes differ, such as blocks.0.modulation" in cases.train(0, 1, values)
     assert "name a folder iter_NUMBER" in cases.train(0, 1, values | {"import_checkpoint": tmp_path})
     assert not (tmp_path / "on").exists()
+
+
+def test_what_is_wrong_in_an_old_folder_is_said_of_its_file(
+    paths: Any, expected: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cases.train(0, 1, paths | {"output_dir": tmp_path / "run", "training_iteration": 1}) == ""
+    old = cases.save_foreign(tmp_path / "run/iter_000000001", tmp_path / "old/iter_000000001", by_name=True)
+    values = paths | {"output_dir": tmp_path / "on", "import_checkpoint": old, "training_iteration": 2}
+    name, clipped = "blocks.0.modulation", "moving_avg_max_grad_norm"
+    model, average = old / "model_state_dict.pt", old / "ema_model_state_dict.pt"
+    optimiser, clipper = old / "optim_state_dict.pt", old / "adaptive_grad_clip_states.pt"
+    moments = torch.load(optimiser, weights_only=True)["state"]
+    for path, inside, said in (
+        (average, {name: None}, f"no tensors of floating point: {name}"),
+        (average, {name: torch.load(average, weights_only=True)[name].long()}, "no tensors of floating point"),
+        (average, {3: torch.zeros(2)}, "of another model: 1 names or shapes differ, such as 3"),
+        (optimiser, {"state": moments | {name: moments[name] | {"exp_avg": 1.0}}}, "no tensors of floating point"),
+        (optimiser, {"state": moments | {3: moments[name]}}, "neither all by name nor numbered"),
+        (optimiser, {"state": moments | {name: moments[name] | {"step": torch.zeros(2)}}}, f"step of {name} is tensor"),
+        (optimiser, {"state": moments | {name: moments[name] | {"step": float("nan")}}}, f"step of {name} is nan"),
+        (clipper, {clipped: torch.zeros(2)}, "not there, or no numbers"),
+        (clipper, {clipped: "x"}, "not there, or no numbers"),
+        (model, b"abc", "truncated, or not a file of plain weights"),
+        (average, b"abc", "cannot be read"),
+    ):
+        kept = path.read_bytes()
+        if isinstance(inside, bytes):
+            path.write_bytes(inside)
+        else:
+            torch.save(torch.load(path, weights_only=True) | inside, path)
+        refused = cases.train(0, 1, values)
+        assert said in refused
+        assert str(path) in refused
+        path.write_bytes(kept)
+    assert not (tmp_path / "on").exists()
+    fresh: Any = None
+    sound = torch.load(clipper, weights_only=True)
+    for numbers in ({clipped: float("nan")}, {clipped: float("inf")}, {f"{clipped}_var": -1.0}):
+        torch.save(sound | numbers, clipper)
+        shutil.rmtree(tmp_path / "on", ignore_errors=True)
+        capsys.readouterr()
+        assert cases.train(0, 1, values) == ""
+        assert f"{clipper.name} (its numbers are negative or not finite" in capsys.readouterr().out
+        found = read_record(tmp_path / "on/iter_000000002")["clipper"]
+        fresh = fresh or found
+        assert found == fresh, "clipping has begun anew, whatever they were"
+        assert 0 < found["mean"] < 100
 
 
 @pytest.mark.long

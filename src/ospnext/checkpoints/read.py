@@ -28,11 +28,11 @@ _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})$")
 # What constructors of other libraries raise on settings that make no sense.
 _UNSOUND = (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError)
 
-# What torch's unpickler raises on bytes that are none of its own.
-_DAMAGED = (
+TORCH_DAMAGE = (
     *(RuntimeError, UnpicklingError, EOFError, OSError, struct.error, LookupError, ValueError, TypeError),
-    *(AttributeError, AssertionError, ArithmeticError),
+    *(AttributeError, AssertionError, ArithmeticError, zipfile.BadZipFile),
 )
+"""What torch's unpickler raises on bytes that are none of its own."""
 
 # What trainers put around a flat dict of weights, and before its names.
 _WRAPPERS = ("state_dict", "model", "module")
@@ -302,7 +302,7 @@ def _torch_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The flat dict of tensors in a torch file, mapped where its format (zip) allows."""
     try:
         data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except _DAMAGED as error:
+    except TORCH_DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated, or not a file of plain weights ({reason[:160]})") from error
     for wrapper in _WRAPPERS:

@@ -16,7 +16,7 @@ with their first clip. The optimiser's rate, betas and decay are those of this r
 Every process maps the files and copies its own rows.
 """
 
-import pickle
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ospnext.checkpoints.formats import DEFAULTS
+from ospnext.checkpoints.read import TORCH_DAMAGE, list_names
 from ospnext.config import ConfigError
 from ospnext.models.transformer import OSPNextTransformer3DModel
 from ospnext.parallel.fsdp import shard_of
+from ospnext.parallel.state import read_record
 from ospnext.train.job import Job
 from ospnext.train.settings import TrainConfig
-from ospnext.train.state import TrainState
+from ospnext.train.state import TrainState, latest
 
 MODEL, AVERAGE = "model_state_dict.pt", "ema_model_state_dict.pt"
 OPTIMISER, CLIPPER = "optim_state_dict.pt", "adaptive_grad_clip_states.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+INSTEAD = "take the folder before it, or weights alone with model_config.pretrained_model_dir_or_checkpoint"
+NO_CLIPPER = f", {CLIPPER} (its numbers are negative or not finite: clipping begins anew)"
 _CLIPPER = {"mean": "moving_avg_max_grad_norm", "variance": "moving_avg_max_grad_norm_var"}
 
 
 def started_from(config: TrainConfig) -> TrainConfig:
     """The configuration whose weights are those of the folder it is to go on from, if it is to go on from one.
 
+    Where ``output_dir`` holds a state nothing is taken over, and the folder need not be there any more.
+
     Raises:
         ConfigError: the folder is not complete, or the configuration names other weights too.
+        StateError: the newest state in ``output_dir`` cannot be gone on from.
     """
     if config.import_checkpoint is None:
         return config
-    folder = Path(config.import_checkpoint)
-    step_of(folder)
-    missing = [name for name in (MODEL, AVERAGE, OPTIMISER, CLIPPER) if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(
-            f"import_checkpoint {folder} is not complete: {', '.join(missing)} not there; take the folder before it, "
-            "or start from weights alone with model_config.pretrained_model_dir_or_checkpoint"
-        )
-    section = config.transformer_config
+    folder, section = Path(config.import_checkpoint), config.transformer_config
     if config.model is not None or section.pretrained_model_dir_or_checkpoint is not None:
         raise ConfigError(
             "import_checkpoint brings the weights: take out model and model_config.pretrained_model_dir_or_checkpoint"
         )
+    if (own := latest(Path(config.output_dir))) is not None:
+        return resumed(config, own)
+    step_of(folder)
+    missing = [name for name in (MODEL, AVERAGE, OPTIMISER, CLIPPER) if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"import_checkpoint {folder} is not complete: {', '.join(missing)} not there: {INSTEAD}")
     section = section.model_copy(update={"pretrained_model_dir_or_checkpoint": str(folder / MODEL)})
     return config.model_copy(update={"transformer_config": section})
+
+
+def resumed(config: TrainConfig, state: Path) -> TrainConfig:
+    """The configuration of a run that went over before it wrote ``state``.
+
+    The old weights, while they are there, still say how the network is built, and every process reads its own rows of
+    them; without them the state says it. What they hold is the state's in the end.
+
+    Raises:
+        ConfigError: they are the teacher too, and gone.
+    """
+    weights, section = Path(str(config.import_checkpoint)) / MODEL, config.transformer_config
+    if weights.is_file():
+        found: dict[str, Any] = {"pretrained_model_dir_or_checkpoint": str(weights)}
+    elif config.distillation_config.weight and config.distillation_config.teacher is None:
+        raise ConfigError(f"{weights} is the teacher, and not there any more: name distillation_config.teacher")
+    else:
+        told = read_record(state).get("about", {}).get("transformer", {})
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        found = {key: told[key] for key in DEFAULTS if key in told and getattr(section, key) is None}
+    section = section.model_copy(update=found)
+    return config.model_copy(update={"import_checkpoint": None, "transformer_config": section})
 
 
 def step_of(folder: Path) -> int:
@@ -108,12 +136,14 @@ def take_over(folder: Path, state: TrainState) -> str:
         own_moments = state.moments[full]
         for kind in _MOMENTS[:2]:
             fill(own_moments[kind], moments[name][kind])
-        own_moments["step"].fill_(float(moments[name]["step"]))
+        own_moments["step"].fill_(number(moments[name]["step"]))
     state.step = state.average.updates = step_of(folder)
-    state.clipper.load_state_dict(state.clipper.state_dict() | clipper_state(folder))
+    clipper = clipper_state(folder)
+    state.clipper.load_state_dict(state.clipper.state_dict() | clipper)
+    taken, left = (", clipper", "") if clipper else ("", NO_CLIPPER)
     return (
-        f"went over from {folder} at step {state.step}: weights, average, AdamW's moments, clipper; not taken: "
-        "random_states, dataloader_states (the data begin anew)"
+        f"went over from {folder} at step {state.step}: weights, average, AdamW's moments{taken}; not taken: "
+        f"random_states, dataloader_states (the data begin anew){left}"
     )
 
 
@@ -139,34 +169,57 @@ def optimiser_state(folder: Path) -> dict[str, dict[str, Any]]:
         isinstance(v, dict) and v.keys() >= set(_MOMENTS) for v in values.values()
     ):
         raise ConfigError(f"{path}: no state of AdamW ({', '.join(_MOMENTS)} of every parameter)")
+    for key, value in values.items():
+        steps = number(value["step"])
+        if steps is None or not 0 <= steps < math.inf:
+            said = " ".join(str(value["step"]).split())[:60]
+            raise ConfigError(f"{path}: step of {key} is {said}, which is no count: {INSTEAD}")
     if all(isinstance(key, str) for key in values):
         return values
     names = list(read(folder / MODEL))
-    if sorted(values) != list(range(len(names))):
-        raise ConfigError(f"{path}: {len(values)} parameters by number, but {MODEL} holds {len(names)}")
-    return {name: values[number] for number, name in enumerate(names)}
+    if values.keys() != set(range(len(names))):
+        raise ConfigError(
+            f"{path}: its {len(values)} parameters are neither all by name nor numbered as the {len(names)} of {MODEL}"
+        )
+    return {name: values[place] for place, name in enumerate(names)}
 
 
 def clipper_state(folder: Path) -> dict[str, float]:
-    """The clipper's moving mean and variance of the gradients' norm.
+    """The clipper's moving mean and variance of the gradients' norm; nothing where clipping with them would be none.
 
     Raises:
         ConfigError: they are not there.
     """
     saved = read(folder / CLIPPER)
+    numbers = {ours: number(saved.get(theirs)) for ours, theirs in _CLIPPER.items()}
+    found = {key: value for key, value in numbers.items() if value is not None}
+    if len(found) < len(numbers):
+        raise ConfigError(f"{folder / CLIPPER}: {', '.join(_CLIPPER.values())} not there, or no numbers")
+    return found if all(0 <= value < math.inf for value in found.values()) else {}
+
+
+def number(value: Any) -> float | None:
+    """A number, or the only one of a tensor; None for all else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, int | float):
+        return None
     try:
-        return {ours: float(saved[theirs]) for ours, theirs in _CLIPPER.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder / CLIPPER}: {', '.join(_CLIPPER.values())} not there, or no numbers") from error
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def compare(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Hold names and shapes to the model's.
 
     Raises:
-        ConfigError: they differ; names some.
+        ConfigError: they differ, or some are no tensors of floating point; names some.
     """
-    names = sorted(tensors.keys() ^ shapes.keys())
+    wrong = [str(name) for name, x in tensors.items() if not isinstance(x, Tensor) or not x.is_floating_point()]
+    if wrong:
+        raise ConfigError(f"{path}: no tensors of floating point: {list_names(wrong, 3)}: {INSTEAD}")
+    names = sorted(map(str, tensors.keys() ^ shapes.keys()))
     names += [name for name in shapes.keys() & tensors.keys() if tensors[name].shape != shapes[name]]
     if names:
         raise ConfigError(
@@ -182,7 +235,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except TORCH_DAMAGE as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds a {type(found).__name__}, no dictionary")
