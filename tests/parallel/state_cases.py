@@ -2,14 +2,20 @@
 
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ospnext.parallel.launch import Launch
 from ospnext.parallel.state import StateError, StateWriter, load, newest
+from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.optim import MovingAverage, adamw
+from ospnext.train.state import TrainState
 
 
 def model(seed: int, world: int) -> nn.Module:
@@ -87,3 +93,41 @@ def blocked(rank: int, world: int, folder: Path) -> str:
         if rank == 0:
             remover.join()
     return "saved"
+
+
+class Numbered:
+    """Data with a number, which are others where it is another."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["number"] != self.number:
+            raise ValueError(f"the data are number {state['number']}, not {self.number}")
+
+
+def train_state(world: int, number: int = 0) -> TrainState:
+    """A run before its first step."""
+    modules = {"net": model(1, world)}
+    optimiser = adamw(modules, 0.1, (0.9, 0.99), 1e-8, 0.01)
+    return TrainState(modules, optimiser, MovingAverage(modules, 0.9), AdaptiveClipper(1.0), Numbered(number))
+
+
+def save_run(folder: Path) -> None:
+    """The state of a run of one process."""
+    writer = StateWriter(folder)
+    train_state(1).save(writer)
+    writer.finish()
+
+
+def resumed(rank: int, world: int, folder: Path, last: int) -> str:
+    """How a run is refused that goes on with the data of that number in its last process."""
+    state = train_state(world, last if rank == world - 1 else 0)
+    try:
+        state.load(newest(folder) or folder, Launch(rank, world, rank))
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "resumed"

@@ -1,5 +1,6 @@
 """States on disk: whole or not at all, the same on any number of processes, and never more than tensors."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import state_cases as cases
 import torch
 from processes import Processes
 
-from ospnext.parallel.state import StateError, StateWriter, complete, load, newest, read_record
+from ospnext.parallel.state import StateError, StateWriter, complete, load, newest, read, read_record, sweep
 
 Group = Callable[[int], Processes]
 
@@ -51,6 +52,25 @@ def test_damage_is_told_by_all_and_changes_nothing(processes: Group, tmp_path: P
         assert all(part.name in message and str(state) in message for message in messages), messages
 
 
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        ("record.json", "record.json is not what"),
+        ("__0_0.distcp", "__0_0.distcp is not what"),
+        ("", "process 1 of 2: "),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_so_once(damaged: str, said: str, processes: Group, tmp_path: Path) -> None:
+    """Also where a single process finds it: its data are others."""
+    cases.save_run(tmp_path)
+    if damaged:
+        (tmp_path / "iter_000000000" / damaged).write_text("{}")
+    one, other = processes(2).run(cases.resumed, 2, tmp_path, 0 if damaged else 1)
+    assert one == other
+    assert one.startswith("RefusalError")
+    assert said in one
+
+
 def test_a_save_that_fails_says_so_everywhere_and_leaves_nothing(processes: Group, tmp_path: Path) -> None:
     processes(2).run(cases.save, 2, tmp_path, 4)
     messages = processes(2).run(cases.blocked, 2, tmp_path)
@@ -69,10 +89,32 @@ def test_the_newest_stay_and_a_state_that_is_there_is_left_alone(tmp_path: Path)
     assert before == {path: path.stat().st_mtime_ns for path in newest(tmp_path).iterdir()}
 
 
+def test_what_a_killed_run_left_does_not_end_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".iter_000000001.old").mkdir()
+    (tmp_path / ".iter_000000001.old" / "x").touch()
+    saved(tmp_path, 1, 2, 3, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_000000002", "iter_000000003"]
+    (tmp_path / ".iter_000000002.old").touch()  # no folder: nothing of ours, and it stays
+    saved(tmp_path, 4, keep=2)
+    assert newest(tmp_path) == tmp_path / "iter_000000004"
+    assert "iter_000000002 cannot be removed" in caplog.text
+
+
+def test_only_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    kept = ["iter_000000005", ".iter_000000007", ".iter_x.tmp", ".lora-checkpoint-5.tmp"]
+    for name in (*kept[1:], ".iter_000000001.old", ".iter_000000009.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
 def test_values_come_back_and_drafts_are_none(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     (tmp_path / ".iter_000000009.tmp").mkdir()
     (tmp_path / "iter_latest").mkdir()
+    (tmp_path / "iter_²").mkdir()
     found = newest(tmp_path)
     assert found == tmp_path / "iter_000000005"
     target = {name: torch.full_like(tensor, 7) for name, tensor in tensors().items()}
@@ -90,6 +132,18 @@ def test_a_folder_without_its_end_is_refused_by_name(tmp_path: Path) -> None:
     assert newest(tmp_path) == tmp_path / "iter_000000005"
 
 
+def test_two_spellings_of_a_step_are_refused_and_none_is_added(tmp_path: Path) -> None:
+    writer = saved(tmp_path, 4)
+    (tmp_path / "iter_000000004").rename(tmp_path / "iter_4")
+    writer.save(4, tensors(), {})
+    writer.finish()
+    assert newest(tmp_path) == tmp_path / "iter_4"
+    (tmp_path / "iter_000000004").mkdir()
+    with pytest.raises(StateError, match="step 4") as caught:
+        newest(tmp_path)
+    assert {"iter_4", "iter_000000004"} <= set(str(caught.value).replace("/", " ").split())
+
+
 @pytest.mark.parametrize("name", ["record.json", ".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("how", ["missing", "short", "flipped"])
 def test_every_file_is_checked(name: str, how: str, tmp_path: Path) -> None:
@@ -103,10 +157,38 @@ def test_every_file_is_checked(name: str, how: str, tmp_path: Path) -> None:
             path.write_bytes(data[:-1])
         case "flipped":
             path.write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
-    with pytest.raises(
-        StateError, match=r"iter_000000005: it is incomplete or damaged \(.*" + name.replace(".", r"\.")
-    ):
+    with pytest.raises(StateError, match=r"iter_000000005 is incomplete or damaged \(.*" + name.replace(".", r"\.")):
         load(tmp_path / "iter_000000005", tensors())
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "", "{", '{"stop": 5}', "[" * 100_000], ids=lambda text: text[:9])
+def test_a_record_is_checked_before_it_is_read(text: str, tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    state = tmp_path / "iter_000000005"
+    (state / "record.json").write_text(text)
+    with pytest.raises(StateError, match=r"iter_000000005 is incomplete or damaged \(record\.json is not what was"):
+        read_record(state)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "", "{", "{}", "[" * 100_000], ids=lambda text: text[:9])
+def test_without_its_hashes_a_state_is_damaged(text: str, tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    state = tmp_path / "iter_000000005"
+    (state / "COMPLETE").write_text(text)
+    for attempt in (lambda: load(state, tensors()), lambda: read(state, ""), lambda: read_record(state)):
+        with pytest.raises(StateError, match=r"iter_000000005 is incomplete or damaged \(COMPLETE "):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["record.json", ".metadata", "__0_0.distcp"])
+def test_every_file_has_a_hash(name: str, tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    complete = tmp_path / "iter_000000005" / "COMPLETE"
+    hashes = json.loads(complete.read_text())
+    del hashes[name]
+    complete.write_text(json.dumps(hashes))
+    with pytest.raises(StateError, match=f"COMPLETE does not name {name}"):
+        load(complete.parent, tensors())
 
 
 def test_other_tensors_are_another_run(tmp_path: Path) -> None:
@@ -128,7 +210,7 @@ def test_a_state_runs_no_code(tmp_path: Path) -> None:
     state = tmp_path / "iter_000000005"
     (state / ".metadata").write_bytes(pickle.dumps(Evil()))
     hashes = json.loads((state / "COMPLETE").read_text())
-    del hashes[".metadata"]
+    hashes[".metadata"] = hashlib.sha256((state / ".metadata").read_bytes()).hexdigest()
     (state / "COMPLETE").write_text(json.dumps(hashes))
     with pytest.raises(StateError, match=r"asks for posix\.system"):
         load(state, tensors())

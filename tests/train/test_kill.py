@@ -93,7 +93,11 @@ def test_killed_once_while_it_saves(vae: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     kill_in(start(vae, folder), folder, 3, 0.0)
     assert len(complete(folder)) == len(states(folder)), "what has a state's name is whole"
+    for left in (".iter_000000001.old", ".iter_000000099.tmp"):  # of kills at other moments
+        (folder / left).mkdir()
+        (folder / left / "x").touch()
     hold(vae, folder, tmp_path / "whole")
+    assert not list(folder.glob(".iter_*"))
 
 
 def test_sigterm_ends_well(vae: Path, tmp_path: Path) -> None:

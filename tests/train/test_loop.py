@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from ospnext.parallel.state import COMPLETE, StateError
+from ospnext.parallel.launch import Launch
+from ospnext.parallel.state import COMPLETE, StateError, StateWriter, newest
 from ospnext.train.log import Losses
-from ospnext.train.loop import MOST_SKIPPED, DivergedError, LoopSettings, fit
+from ospnext.train.loop import MOST_SKIPPED, DivergedError, LoopSettings, finishing, fit
 from ospnext.train.state import TrainState
 
 CPU = torch.device("cpu")
@@ -232,6 +234,33 @@ def test_sigterm_saves_and_the_next_start_goes_on(settings, capsys):
     resumed = Recipe(seed=3).fit(own)
     assert not resumed.terminated
     assert_same_state(expected, resumed)
+
+
+class Held(dict):
+    """A value of a record that is written only when it is let go."""
+
+    def __init__(self, **values: int) -> None:
+        super().__init__(values)
+        self.free = threading.Event()
+
+    def items(self):
+        self.free.wait(60)
+        return super().items()
+
+
+def test_an_interrupt_while_a_state_is_waited_for_does_not_lose_it(tmp_path):
+    writer, held = StateWriter(tmp_path), Held(a=1)
+    writer.save(5, {"a": torch.ones(3)}, {"held": held})
+    main = threading.main_thread().ident
+
+    def interrupt() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        threading.Timer(0.3, held.free.set).start()
+
+    threading.Timer(0.3, interrupt).start()
+    with pytest.raises(KeyboardInterrupt), finishing(writer, Launch()):
+        writer.finish()
+    assert newest(tmp_path) == tmp_path / "iter_000000005"
 
 
 def test_only_the_newest_states_stay(settings):

@@ -427,6 +427,11 @@ def test_a_state_is_exported(tmp_path, vae_folder, capsys, weights):
     assert "is there already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run/pipeline"), str(tmp_path / "other")]) == 2
     assert "no state of a training run" in capsys.readouterr().err
+    (state / "record.json").write_text("[]")
+    assert main(["export", str(state), str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert f"ospnext: error: {state} is incomplete or damaged (record.json is not what was written)" in said
+    assert "resume" not in said
 
 
 def test_running_scales_are_part_of_a_run_and_of_its_pipeline(tmp_path, vae_folder, capsys):

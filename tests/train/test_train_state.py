@@ -9,6 +9,7 @@ from torch import nn
 
 from ospnext.parallel.state import StateError, StateWriter, load, read_record
 from ospnext.train.clipping import AdaptiveClipper
+from ospnext.train.export import trained_adapter
 from ospnext.train.optim import MovingAverage, adamw
 from ospnext.train.state import FORMAT, TrainState, latest
 
@@ -16,15 +17,15 @@ from ospnext.train.state import FORMAT, TrainState, latest
 class Counter:
     """Data whose state is how much was taken of it."""
 
-    def __init__(self, name: str = "clips") -> None:
-        self.name, self.taken = name, 0
+    def __init__(self, name: str = "clips", key: str = "name") -> None:
+        self.name, self.key, self.taken = name, key, 0
 
     def state_dict(self) -> dict:
-        return {"name": self.name, "taken": self.taken}
+        return {self.key: self.name, "taken": self.taken}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["name"] != self.name:
-            raise ValueError(f"the data is {state['name']}, not {self.name}")
+        if state[self.key] != self.name:
+            raise ValueError(f"the data is {state[self.key]}, not {self.name}")
         self.taken = state["taken"]
 
 
@@ -125,12 +126,36 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(saved, damage, pattern)
 
 
 @pytest.mark.parametrize(
+    ("before", "after"), [('"name"', '"nane"'), ('"taken": 10', '"taken": 11'), ("clips", "clops")]
+)
+def test_a_changed_letter_is_damage_and_no_other_run(saved, before, after):
+    path = latest(saved) / "record.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    said = r"iter_000000005 is incomplete or damaged \(record\.json is not what was written\)"
+    for attempt in (make_state(data=Counter()).load, trained_adapter):
+        with pytest.raises(StateError, match=said):
+            attempt(latest(saved))
+
+
+def test_a_state_under_the_name_of_another_step_is_refused(saved):
+    renamed = (saved / "iter_000000005").rename(saved / "iter_000000100")
+    state = make_state(data=Counter())
+    before = everything(state)
+    with pytest.raises(StateError, match=r"iter_000000100 holds the state of step 5: .*\(iter_000000005\)"):
+        state.load(renamed)
+    assert_same(before, everything(state))
+
+
+@pytest.mark.parametrize(
     ("other", "said"),
     [
         ({"width": 5}, r"net\.0\..*\[4.*\] there, \[5.*\] in this run"),
         ({"layers": 2}, "net.1.bias"),
         ({"name": "another"}, "another.0.bias"),
         ({"data": Counter("others")}, "the data is clips, not others"),
+        ({"data": Counter(key="of another kind")}, "its data is of another kind"),
         ({"data": None}, "its data is of another kind"),
     ],
 )

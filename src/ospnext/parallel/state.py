@@ -16,6 +16,7 @@ and ``load`` tells which. All processes see one file system.
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -23,6 +24,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 RECORD = "record.json"
 COMPLETE = "COMPLETE"
+_METADATA = ".metadata"
 _PREFIX = "iter_"
 _FAILURES = (OSError, RuntimeError, ValueError, CheckpointException)  # the last is no Exception
+
+logger = logging.getLogger(__name__)
 
 
 class StateError(ValueError):
@@ -62,7 +67,7 @@ class StateWriter:
         # A group of its own: collectives of the training's group would meet those of the writing thread.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._thread: threading.Thread | None = None
+        self._over: threading.Event | None = None  # set when the state that is being written is there, or is not
         self._error = ""
 
     def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -78,7 +83,7 @@ class StateWriter:
         """
         self.finish()
         final = self.folder / f"{_PREFIX}{step:09d}"
-        if final.exists():
+        if any(step_of(there) == step for there in states(self.folder)):  # under whatever spelling of the step
             return
         draft = self.folder / f".{final.name}.tmp"
         if self._rank == 0:
@@ -87,18 +92,19 @@ class StateWriter:
         if problem:
             raise _unwritable(final, problem)
         writing = self._begin(tensors, draft)
-        self._thread = threading.Thread(target=self._publish, args=(writing, draft, final, dict(record)))
-        self._thread.start()
+        over = threading.Event()
+        threading.Thread(target=self._publish, args=(writing, draft, final, dict(record), over)).start()
+        self._over = over
 
     def finish(self) -> None:
-        """Wait until the state that is being written is there.
+        """Wait until the state that is being written is there. A wait that was interrupted can be taken up again.
 
         Raises:
             StateError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._over is not None:
+            self._over.wait()  # no join: Python 3.11 takes a thread for ended once Ctrl-C has broken off a join
+            self._over = None
         if self._error:
             error, self._error = self._error, ""
             raise StateError(error)
@@ -115,7 +121,9 @@ class StateWriter:
         pool.shutdown(wait=False)
         return saving
 
-    def _publish(self, writing: Future, draft: Path, final: Path, record: Mapping[str, Any]) -> None:
+    def _publish(
+        self, writing: Future, draft: Path, final: Path, record: Mapping[str, Any], over: threading.Event
+    ) -> None:
         """In the background: wait for the files, hash them, rename the draft, remove what is too old."""
 
         def hash_own() -> None:
@@ -127,7 +135,7 @@ class StateWriter:
             if self._rank:
                 return
             _write(draft / RECORD, json.dumps(record, indent=2) + "\n")
-            hashes = {name: _sha256(draft / name) for name in (".metadata", RECORD)}
+            hashes = {name: _sha256(draft / name) for name in (_METADATA, RECORD)}
             for part in sorted(draft.glob(".hashes.*")):
                 hashes |= json.loads(part.read_text())
                 part.unlink()
@@ -136,11 +144,14 @@ class StateWriter:
             _sync(self.folder)
             self._prune()
 
-        problem = self._agree(hash_own) or self._agree(publish)
-        if problem:
-            if self._rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)
-            self._error = str(_unwritable(final, problem))
+        try:
+            problem = self._agree(hash_own) or self._agree(publish)
+            if problem:
+                if self._rank == 0:
+                    shutil.rmtree(draft, ignore_errors=True)
+                self._error = str(_unwritable(final, problem))
+        finally:
+            over.set()
 
     def _agree(self, work: Callable[[], None]) -> str:
         """Do a piece of work on every process; returns the first problem of any, the same everywhere."""
@@ -160,7 +171,11 @@ class StateWriter:
             return
         for old in complete(self.folder)[: -self.keep]:
             doomed = old.with_name(f".{old.name}.old")
-            os.replace(old, doomed)  # at once no state any more, however long removing takes
+            shutil.rmtree(doomed, ignore_errors=True)  # what a run that was killed here has left
+            try:
+                os.replace(old, doomed)  # at once no state any more, however long removing takes
+            except OSError as error:  # the new state is there all the same
+                logger.warning("%s cannot be removed (%s): remove it and %s", old, _line(error), doomed.name)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -182,13 +197,17 @@ def _unwritable(final: Path, problem: str) -> StateError:
 
 def states(folder: Path) -> list[Path]:
     """Folders with a state's name, oldest first, whatever is in them."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _is_step(path.name)), key=step_of)
 
 
 def step_of(state: Path) -> int:
     """The step in a state's name."""
     return int(state.name.removeprefix(_PREFIX))
+
+
+def _is_step(name: str) -> bool:
+    number = name.removeprefix(_PREFIX)
+    return name.startswith(_PREFIX) and number.isascii() and number.isdecimal()
 
 
 def complete(folder: Path) -> list[Path]:
@@ -200,9 +219,13 @@ def newest(folder: Path) -> Path | None:
     """The state to go on from, or None where there is none.
 
     Raises:
-        StateError: the newest folder with a state's name is none: nobody can tell what it was to be.
+        StateError: the newest folder with a state's name is none: nobody can tell what it was to be; or two folders
+            name the same step.
     """
     found = states(folder)
+    for one, other in pairwise(found):
+        if step_of(one) == step_of(other):
+            raise StateError(f"{one} and {other.name} beside it both name step {step_of(one)}: remove or rename one")
     if found and not (found[-1] / COMPLETE).is_file():
         raise StateError(
             f"{found[-1]} is not complete: it has no file {COMPLETE}; remove or rename it to go on from the state "
@@ -211,17 +234,27 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left half written or half removed; nobody may be writing to the folder."""
+    for path in folder.glob(f".{_PREFIX}*"):
+        if path.suffix in (".tmp", ".old") and _is_step(path.stem[1:]):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_record(state: Path) -> dict[str, Any]:
-    """What a state holds besides tensors.
+    """What a state holds besides tensors, checked against its hash first.
 
     Raises:
         StateError: it is incomplete or damaged.
     """
     try:
-        return json.loads((state / RECORD).read_text(encoding="utf-8"))
+        hashes, written = _hashes(state), (state / RECORD).read_bytes()
+        if hashlib.sha256(written).hexdigest() != hashes[RECORD]:
+            raise _altered(RECORD)
+        return _mapping(RECORD, written)
     except (OSError, ValueError) as error:
         raise _damaged(state, _line(error)) from error
 
@@ -239,9 +272,8 @@ def load(state: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         StateError: a file is missing or damaged, or the state is of another model. Nothing has changed.
     """
-    problem = _check_files(state)
-    problem = _same_everywhere(problem)
-    if problem:
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    if problem := _same_everywhere(_check_files(state, rank, ranks)):
         raise _damaged(state, problem)
     reader = _TensorReader(state)
     saved = {
@@ -285,7 +317,7 @@ class _TensorReader(FileSystemReader):
     """DCP's reader, whose metadata is a pickle: only what describes tensors is let in."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
+        path = Path(self.path) / _METADATA
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -319,17 +351,40 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise StateError(f"a state's .metadata asks for {module}.{name}: it was not written by this program")
 
 
-def _check_files(state: Path) -> str:
+def _check_files(state: Path, rank: int = 0, ranks: int = 1) -> str:
     """What is wrong with this process's share of a state's files; an empty string if nothing is."""
     try:
-        hashes = json.loads((state / COMPLETE).read_text(encoding="utf-8"))
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        hashes = _hashes(state)
         for name in sorted(hashes)[rank::ranks]:
             if _sha256(state / name) != hashes[name]:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
+                raise _altered(name)
+    except (OSError, ValueError) as error:
         return _line(error)
     return ""
+
+
+def _hashes(state: Path) -> dict[str, Any]:
+    """The hashes in ``COMPLETE``, of every file that a state has; raises OSError, or ValueError where it is damaged."""
+    hashes = _mapping(COMPLETE, (state / COMPLETE).read_bytes())
+    files = {RECORD, _METADATA, *(path.name for path in state.glob("__*"))}
+    if unnamed := sorted(files - hashes.keys()):
+        raise ValueError(f"{COMPLETE} does not name {', '.join(unnamed[:3])}")
+    return hashes
+
+
+def _mapping(name: str, written: bytes) -> dict[str, Any]:
+    """The mapping that a file of JSON holds; raises ValueError where it holds none."""
+    try:
+        found = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise _altered(name) from error
+    if not isinstance(found, dict):
+        raise _altered(name)
+    return found
+
+
+def _altered(name: str) -> ValueError:
+    return ValueError(f"{name} is not what was written")
 
 
 def _same_everywhere(problem: str) -> str:
@@ -359,8 +414,8 @@ def _compare(state: Path, ours: Mapping[str, Sequence[int]], theirs: Mapping[str
 
 def _damaged(state: Path, problem: str) -> StateError:
     return StateError(
-        f"cannot resume from {state}: it is incomplete or damaged ({problem}); remove the folder to go on from the one "
-        "before"
+        f"{state} is incomplete or damaged ({problem}): use the state before it; a run goes on from there once this "
+        "folder is removed"
     )
 
 

@@ -11,6 +11,7 @@ from ospnext.config import ConfigError, dump_yaml, leaves, load_config, read_yam
 from ospnext.config_keys import key_rules
 from ospnext.generate.manifest import only_run, write_text
 from ospnext.generate.run import make_folder
+from ospnext.parallel.state import sweep
 from ospnext.sections import RunConfig
 from ospnext.train.state import latest
 
@@ -37,6 +38,7 @@ def open_folder(stack: ExitStack, config: RunConfig, command: str) -> list[str]:
     folder = make_folder(Path(config.output_dir))
     stack.enter_context(only_run(folder))
     resumes = latest(folder) is not None
+    sweep(folder)  # nobody else is writing, and no run that is refused for its states has taken anything away
     return changed_settings(folder / SETTINGS, config, command) if resumes else []
 
 

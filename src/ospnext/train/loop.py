@@ -167,7 +167,7 @@ def _begin(
         around.about,
     )
     if (folder := latest(settings.output_dir)) is not None:
-        state.load(folder)
+        state.load(folder, around.launch)
         say(f"resumed from {folder}: step {state.step} of {settings.iterations}")
     elif around.begin is not None:
         say(around.begin(state))

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ospnext.parallel.state import StateError, StateWriter, load, newest, read_record
+from ospnext.parallel.launch import Launch, agree
+from ospnext.parallel.state import StateError, StateWriter, load, newest, read_record, step_of
 from ospnext.quant import running
 from ospnext.train.clipping import AdaptiveClipper
 from ospnext.train.optim import MovingAverage, moments
@@ -80,30 +81,25 @@ class TrainState:
             running.share(module)  # the same on all processes, as what is not sharded has to be
         writer.save(self.step, self.tensors(), self.record())
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, launch: Launch | None = None) -> None:
         """Restore a saved state, strictly; settings of the optimiser (rates, betas, decay) stay this run's.
+
+        Args:
+            folder: of the state.
+            launch: this process among those that load it together; None for one alone.
 
         Raises:
             StateError: a file is missing or damaged, or the folder belongs to another run. Nothing has changed.
+            RefusalError: the same on many processes, in all of them.
         """
-        record = read_record(folder)
-        if record.get("format") != FORMAT or (record["data"] is None) != (self.data is None):
-            raise _foreign(
-                folder, f"it is no {FORMAT}" if record.get("format") != FORMAT else "its data is of another kind"
-            )
-        told = record.get("about")  # states of reinforcement learning once told nothing
-        if told and (problem := _other_adapter(told.get(ALPHAS), self.about.get(ALPHAS))):
-            raise _foreign(folder, problem)
+        launch = launch or Launch()
         before = None if self.data is None else self.data.state_dict()
-        try:
-            if self.data is not None:
-                self.data.load_state_dict(record["data"])
-        except ValueError as error:
-            raise _foreign(folder, str(error)) from error
         tensors = self.tensors()
         try:
-            load(folder, tensors)
-        except StateError:
+            # Apart, for the one may fail in a single process, and the other would wait for it.
+            record = agree(launch, lambda: self._take_record(folder))
+            agree(launch, lambda: load(folder, tensors))
+        except ValueError:
             if self.data is not None and before is not None:
                 self.data.load_state_dict(before)
             raise
@@ -112,6 +108,30 @@ class TrainState:
         self.step, self.average.updates = record["step"], record["ema_updates"]
         self.clipper.load_state_dict(record["clipper"])
         self.tracker = record["tracker"]
+
+    def _take_record(self, folder: Path) -> dict[str, Any]:
+        """The record of a state that is this run's, to which the data are set."""
+        record = read_record(folder)
+        if record.get("format") != FORMAT or (record["data"] is None) != (self.data is None):
+            raise _foreign(
+                folder, f"it is no {FORMAT}" if record.get("format") != FORMAT else "its data is of another kind"
+            )
+        if record["step"] != step_of(folder):
+            raise StateError(
+                f"{folder} holds the state of step {record['step']}: give the folder its own name back "
+                f"(iter_{record['step']:09d}), or remove it to go on from another state"
+            )
+        told = record.get("about")  # states of reinforcement learning once told nothing
+        if told and (problem := _other_adapter(told.get(ALPHAS), self.about.get(ALPHAS))):
+            raise _foreign(folder, problem)
+        try:
+            if self.data is not None:
+                self.data.load_state_dict(record["data"])
+        except KeyError as error:
+            raise _foreign(folder, f"its data is of another kind (there is no {error} in it)") from error
+        except ValueError as error:
+            raise _foreign(folder, str(error)) from error
+        return record
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; those of the optimiser's step counts are one copy."""

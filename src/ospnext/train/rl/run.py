@@ -171,10 +171,10 @@ class Training:
         """``resume`` without the logs."""
         config, path = self.config, self.config.lora_config.lora_path
         if (newest := latest(self.folder)) is not None:
-            self.state.load(newest)
+            self.state.load(newest, self.launch)
             self.say(f"resumed from {newest}: epoch {self.progress.epoch} of {config.num_epochs}")
         elif path is not None and Path(path).is_dir():
-            epoch = agree(self.launch, lambda: resume_from(Path(path), self.state))
+            epoch = agree(self.launch, lambda: resume_from(Path(path), self.state, self.launch))
             if epoch is None:
                 return
             self.progress.epoch = epoch if config.resume_epoch is None else config.resume_epoch

@@ -98,12 +98,13 @@ def clipper_numbers(clipper: AdaptiveClipper) -> dict[str, float]:
     }
 
 
-def resume_from(folder: Path, state: TrainState) -> int | None:
+def resume_from(folder: Path, state: TrainState, launch: Launch) -> int | None:
     """Go on from a checkpoint folder: ours exactly; OSP-Next's with its clipper, its step and a new optimiser.
 
     Args:
         folder: ``lora_config.lora_path``; its adapter has been put on the model.
         state: to be filled.
+        launch: this process; all of them call it together.
 
     Returns:
         The epoch to go on with; None where the folder holds an adapter alone.
@@ -112,7 +113,7 @@ def resume_from(folder: Path, state: TrainState) -> int | None:
         StateError: what it holds is damaged.
     """
     if newest(folder) is not None:
-        state.load(newest(folder) or folder)
+        state.load(newest(folder) or folder, launch)
         return None if state.data is None else int(state.data.state_dict()["epoch"])
     if not (folder / TRAINING).is_file():
         return None
