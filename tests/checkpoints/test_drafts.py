@@ -25,11 +25,11 @@ def write_half(draft: Path) -> None:
 
 def start_and_stop(target: Path) -> subprocess.Popen:
     """``ospnext quantize`` in a process that stands still in its midst."""
-    before, environment = names(target.parent), os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
         [sys.executable, "-m", "ospnext", "quantize", "shapes", str(target)], env=environment, stdout=subprocess.DEVNULL
     )
-    while running.poll() is None and names(target.parent) == before:
+    while running.poll() is None and not any(target.parent.glob(f".{target.name}.*.tmp/*")):
         time.sleep(0.002)
     running.send_signal(signal.SIGSTOP)
     return running

@@ -171,7 +171,8 @@ def test_a_full_disk_says_which_file_and_leaves_the_old_store(tmp_path: Path, co
     words += [f"save_path={tmp_path / 'clips'}", "min_hxw=1000", "sample_num_frames=17"]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); "
     program = f"{limit}from ospnext.cli import main; main({words!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # -B: no module is left compiled in part either.
+    done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)
     assert "probes.jsonl: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert ClipStore(tmp_path / "clips").fingerprint == old.fingerprint

@@ -173,7 +173,7 @@ def moody(task: str) -> str:
 
 def test_a_worker_that_hangs_or_dies_costs_one_task() -> None:
     tasks = ["a", "hang", "b", "die", "c", "exit", "raise", "d"]
-    results = dict(run_tasks(moody, tasks, 2, 2.0))
+    results = dict(run_tasks(moody, tasks, 2, 6.0))
     assert {task: result.reason for task, result in results.items() if isinstance(result, Failure)} == {
         "hang": "timeout",
         "die": "crash",

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-SECONDS = 100  # to start, and for any one call: far more than is needed, for the day the machine is busy
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # they lost one that failed first
+
+SECONDS = 600  # to start, and for any one call: far more than is needed, for the day the machine is busy
 
 
 class Processes:
@@ -66,19 +68,18 @@ class Processes:
         while len(results) < self.world:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            problem = "" if ready else f"no answer from {len(waiting)} of {self.world} processes in {seconds} s"
+            problems = [] if ready else [f"no answer from {len(waiting)} of {self.world} processes in {seconds} s"]
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
                     results[rank], problem = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     problem = "it died"
                 if problem:
-                    problem = f"process {rank}: {problem}"
-                    break
-            if problem:
+                    problems.append(f"process {rank}: {problem}")
+            if problems:
                 self.kill()
-                raise RuntimeError(problem)
+                raise RuntimeError(min(problems, key=lambda text: any(lost in text for lost in _LOST)))
         return [results[rank] for rank in range(self.world)]
 
     def stop(self) -> None:

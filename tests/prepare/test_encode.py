@@ -193,7 +193,8 @@ def test_a_full_disk_says_which_file(store: Path, paths: dict[str, str], tmp_pat
     words = ["data", "encode", *words, "text_encoder_config.text_len=24", "device=cpu"]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
     program = f"{limit}import sys; from ospnext.cli import main; sys.exit(main({words!r}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # -B: no module is left compiled in part either.
+    done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert f"{shard_name(0)}: cannot be written" in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["empty.safetensors"]

@@ -255,6 +255,8 @@ def test_noise_is_the_samples_own():
                 assert torch.equal(one[0], all_of_them[i])
         assert whole.sigma.unique().numel() == 5
         assert not torch.equal(add_noise(latents[:1], [8], noise).x_t[0], whole.x_t[0])
+        other = latents.to(memory_format=torch.channels_last_3d)  # as some encoders give them on some machines
+        assert torch.equal(add_noise(other, [7, 1, 9, 2, 4], noise).x_t, whole.x_t)
 
 
 def test_training_teaches(tmp_path, vae_folder):

@@ -56,7 +56,9 @@ def add_noise(latents: Tensor, seeds: Sequence[int], noise: NoiseConfig) -> Nois
         noise: how levels are drawn.
     """
     generator = torch.Generator(latents.device)
-    epsilon, base = torch.empty_like(latents), latents.new_empty(len(latents))
+    # Numbers fill memory in its order, and encoders give latents in other orders on other numbers of threads.
+    epsilon = torch.empty_like(latents, memory_format=torch.contiguous_format)
+    base = latents.new_empty(len(latents))
     for i, seed in enumerate(seeds):
         generator.manual_seed(seed)
         draw = base[i].normal_ if noise.use_logitnorm_time_sampling else base[i].uniform_
