@@ -70,7 +70,7 @@ COMMANDS: dict[str, Command] = {
         "ospnext.train.export:ExportConfig",
         "ospnext.train.export:run",
         arguments=("state", "dst"),
-        examples=("export runs/shapes_transformer/iter_000016000 out/pipeline",),
+        examples=("export runs/shapes_transformer/iter_000012000 out/pipeline",),
     ),
     "train-vae": Command(
         "train a small video VAE on moving shapes",

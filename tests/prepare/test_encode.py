@@ -253,6 +253,11 @@ SMALL = {
 }
 
 
+def test_text_is_as_long_as_the_models_transformer_reads(tmp_path: Path) -> None:
+    given = {"metafile_or_dir_path": str(tmp_path), "save_path": str(tmp_path), "model": "shapes"}
+    assert load_encoders(EncodeConfig(**given), torch.device("cpu")).text_len == 128
+
+
 def train(output: Path, name: str, data: Path, paths: dict[str, str], **more: object) -> int:
     """``ospnext train`` of a tiny transformer on a data set."""
     given = {"data_config.dataset_name": name, "data_config.dataset_config.metafile_or_dir_path": data}
@@ -269,6 +274,8 @@ def test_training_runs_on_encoded_clips_and_refuses_others(
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/train_log.jsonl").read_text().splitlines()]
     assert len(losses) == 3
     assert all(loss > 0 for loss in losses)
+    same = {"vae_config.dtype": "bf16", "training_iteration": 1}  # than which the clips were made in others
+    assert train(tmp_path / "same", "latents", encoded, paths | same) == 0
     others = save_encoders(tmp_path, seed=1)
     capsys.readouterr()
     for more, said in (

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ospnext.checkpoints.components import find_components, pipeline_folder
-from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_vae
+from ospnext.checkpoints.load import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from ospnext.config import Config, ConfigError
 from ospnext.data.buckets import Bucket, assign
 from ospnext.data.captions import clean
@@ -153,18 +153,20 @@ def load_encoders(config: EncodeConfig, device: torch.device) -> Encoders:
         "text_encoder_config.text_tokenizer_path": text.text_tokenizer_path,
     }
     paths: list[Any] = list(keys.values())
+    text_len = text.text_len
     if config.model is not None:
         found = find_components(pipeline_folder(config.model))
         paths = [
             own or there for own, there in zip(paths, (found.vae, found.text_encoder, found.tokenizer), strict=True)
         ]
+        text_len = text_len or load_transformer(found.transformer, device="meta").config.text_len
     elif missing := [key for key, path in keys.items() if path is None]:
         raise ConfigError(f"{', '.join(missing)} missing: name them, or a whole pipeline folder as model")
     vae_dtype = working_dtype(config.vae_config.dtype, device, asked="dtype" in config.vae_config.model_fields_set)
     text_dtype = working_dtype(text.dtype or "bf16", device, asked=text.dtype is not None)
     vae, encoder = load_vae(paths[0], vae_dtype, device), load_text_encoder(paths[1], text_dtype, device)
     tokenizer = load_tokenizer(paths[2])
-    return Encoders(vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer, text.text_len or 512)
+    return Encoders(vae.requires_grad_(False), encoder.requires_grad_(False), tokenizer, text_len or 512)
 
 
 def check_shape(vae: AutoencoderKLWan, bucket: Bucket) -> None:

@@ -27,7 +27,7 @@ from ospnext.checkpoints.read import list_names
 from ospnext.config import Config, ConfigError, load_config, read_yaml
 from ospnext.config_keys import key_rules
 from ospnext.data.buckets import Bucket
-from ospnext.data.latents import INDEX, module_fingerprint, read_index, settings_fingerprint
+from ospnext.data.latents import INDEX, read_index, settings_fingerprint
 from ospnext.device import resolve_dtype
 from ospnext.generate.pipeline import OSPNextPipeline
 from ospnext.generate.sampler import make_scheduler
@@ -37,7 +37,7 @@ from ospnext.parallel.state import RECORD, StateError, read, read_record
 from ospnext.quant.apply import quantize
 from ospnext.quant.settings import read_keys, recipe
 from ospnext.train.folder import SETTINGS
-from ospnext.train.job import Sources, constructor_settings, find_sources
+from ospnext.train.job import Sources, constructor_settings, find_sources, vae_fingerprint
 from ospnext.train.settings import TrainConfig
 from ospnext.train.state import ALPHAS
 
@@ -227,17 +227,15 @@ def _vae_of(config: TrainConfig, path: Path, clips: Mapping[str, Any] | None) ->
     Raises:
         ConfigError: it is not the one that made the clips, in whichever numbers they were made.
     """
-    own = resolve_dtype(config.vae_config.dtype)
-    vae = load_vae(path, own)
+    dtype = resolve_dtype(config.vae_config.dtype)
     if clips is not None:
-        made = clips["settings"]["vae"]
-        others = (load_vae(path, x) for x in (torch.float32, torch.bfloat16, torch.float16) if x != own)
-        if module_fingerprint(vae) != made and all(module_fingerprint(other) != made for other in others):
+        folder = Path(str(config.data_config.dataset_config.metafile_or_dir_path))
+        if vae_fingerprint(path, dtype, folder) != clips["settings"]["vae"]:
             raise ConfigError(
-                f"{path} is not the VAE that made {config.data_config.dataset_config.metafile_or_dir_path}, from whose "
-                "latents this state learnt: give that one as vae_path"
+                f"{path} is not the VAE that made {folder}, from whose latents this state learnt: give that one as "
+                "vae_path"
             )
-    return vae
+    return load_vae(path, dtype)
 
 
 def _size_of(config: TrainConfig, clips: Mapping[str, Any] | None) -> dict[str, int]:

@@ -21,7 +21,7 @@ from ospnext.checkpoints.lora_files import Adapter
 from ospnext.config import ConfigError
 from ospnext.data.buckets import Bucket
 from ospnext.data.dataset import SampleSettings
-from ospnext.data.latents import LatentDataset, module_fingerprint, open_latent_loader
+from ospnext.data.latents import INDEX, LatentDataset, module_fingerprint, open_latent_loader, read_index
 from ospnext.data.loader import Loader, open_loader
 from ospnext.data.sampler import Draw
 from ospnext.device import working_dtype
@@ -208,6 +208,7 @@ def open_encoded(
     data = config.data_config
     clip = data.dataset_config
     sized = {"sample_num_frames", "sample_height", "sample_width"} & clip.model_fields_set
+    assert clip.metafile_or_dir_path is not None
     expected: dict[str, Any] = {"text_len": transformer["text_len"]}
     if sized:
         expected["buckets"] = [[clip.sample_num_frames, clip.sample_height, clip.sample_width]]
@@ -215,8 +216,7 @@ def open_encoded(
         dtype = working_dtype(
             config.vae_config.dtype, torch.device("cpu"), "dtype" in config.vae_config.model_fields_set
         )
-        expected["vae"] = module_fingerprint(load_vae(sources.vae, dtype))
-    assert clip.metafile_or_dir_path is not None
+        expected["vae"] = vae_fingerprint(sources.vae, dtype, Path(clip.metafile_or_dir_path))
     loader = open_latent_loader(
         clip.metafile_or_dir_path,
         expected,
@@ -248,6 +248,16 @@ def open_encoded(
                 )
     largest = max((tuple(sample.latents.shape) for sample in samples), key=np.prod)
     return loader, (largest[0], largest[1], largest[2], largest[3])
+
+
+def vae_fingerprint(path: Path, dtype: torch.dtype, clips: Path) -> str:
+    """A VAE's fingerprint: in the numbers that these encoded clips were made in if it made them, else in ``dtype``."""
+    made = read_index(clips)["settings"].get("vae") if (clips / INDEX).is_file() else None
+    own = module_fingerprint(load_vae(path, dtype))
+    if made is None or own == made:
+        return own
+    others = (torch.float32, torch.bfloat16, torch.float16)
+    return next((made for other in others if module_fingerprint(load_vae(path, other)) == made), own)
 
 
 def open_videos(
