@@ -14,7 +14,7 @@ from ospnext.cli import main
 
 Group = Callable[[int], Processes]
 
-PATIENCE = 200.0  # seconds, for the day the machine is busy
+PATIENCE = 600.0  # seconds, for the day the machine is busy
 ONE_UPDATE = {"gradient_accumulation_steps": 2, "num_epochs": 2}
 SSP2 = {"use_skiparse_sequence_parallel": True, "skiparse_sp_size": 2}
 CFG2 = {"cfg_parallel_size": 2}

@@ -24,7 +24,7 @@ from ospnext.quant.config import QuantConfig
 
 Group = Callable[[int], Processes]
 
-PATIENCE = 200.0  # seconds, for the day the machine is busy
+PATIENCE = 600.0  # seconds, for the day the machine is busy
 SSP2 = {"use_skiparse_sequence_parallel": True, "skiparse_sp_size": 2}
 ULYSSES2 = {"use_sequence_parallel": True, "sp_size": 2}
 SPARING = {"fsdp_size": 2, "gradient_checkpointing": True, "encoder_cpu_offload": True}

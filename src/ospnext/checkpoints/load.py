@@ -28,6 +28,7 @@ from ospnext.checkpoints.fill import ProgressCallback, fill, fill_shards
 from ospnext.checkpoints.formats import (
     DEFAULTS,
     KNOWN_HEADS,
+    SPARSE_KEYS,
     NameMap,
     infer_settings,
     is_image_weight,
@@ -312,13 +313,17 @@ def _folder_settings(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def _agree(said: Mapping[str, Any], where: str, overrides: Mapping[str, Any]) -> None:
     """Refuse overrides that contradict what a checkpoint says of itself."""
-    clashes = [
-        f"{key} is {said[key]!r} there but {value!r} was asked for"
+    clashes = {
+        key: f"{key} is {said[key]!r} there but {value!r} was asked for"
         for key, value in overrides.items()
         if key in said and said[key] != (tuple(value) if isinstance(value, list) else value)
-    ]
+    }
     if clashes:
-        raise CheckpointError(f"{where}: {list_names(clashes)}: take these settings out, or name other weights")
+        layouts = ", or train them for it (`ospnext train` with convert_layouts=true)"
+        raise CheckpointError(
+            f"{where}: {list_names(list(clashes.values()))}: take these settings out, or name other weights"
+            f"{layouts if clashes.keys() <= set(SPARSE_KEYS) else ''}"
+        )
 
 
 def _find(path: Path, folder: str, file: str, is_config: Callable[[Mapping[str, Any]], bool]) -> Path:

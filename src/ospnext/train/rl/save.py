@@ -24,6 +24,7 @@ import torch
 
 from ospnext.checkpoints.lora import adapter_of
 from ospnext.checkpoints.lora_files import write_adapter, write_into
+from ospnext.checkpoints.read import TORCH_DAMAGE
 from ospnext.parallel.launch import Launch, agree
 from ospnext.parallel.state import StateError, StateWriter, newest
 from ospnext.train.clipping import DECAY, AdaptiveClipper
@@ -126,7 +127,7 @@ def resume_from(folder: Path, state: TrainState, launch: Launch) -> int | None:
             if (folder / name).is_file():
                 _read_clipper(state.clipper, torch.load(folder / name, map_location="cpu", weights_only=True))
                 break
-    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+    except TORCH_DAMAGE as error:
         raise StateError(
             f"{folder}: its training state cannot be read ({error}); name the adapter's file alone"
         ) from error
